@@ -1,0 +1,1 @@
+"""qjax: open, make and run quantized LLMs with their weights still packed, as pure JAX functions."""
