@@ -1,0 +1,129 @@
+"""Open a GGUF file, or all shards of a split one, by memory map.
+
+Metadata come as Python values, tensors as views of the map: nothing of a tensor is read before what
+`GGUFFile.raw` gives is used. Source: ggml/docs/gguf.md.
+"""
+
+import mmap
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from qjax.errors import FormatError
+from qjax.formats.gguf.cursor import shown
+from qjax.formats.gguf.header import Header, TensorInfo, read_header
+from qjax.formats.gguf.split import join_shards, shard_paths
+
+__all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
+
+
+class GGUFFile:
+    """An open GGUF model.
+
+    Attributes:
+        path: the file (of a split model: the first shard).
+        shards: all files of the model; `(path,)` for a model in one file.
+        version: 2 or 3.
+        metadata: int, float, bool and str; arrays as read-only numpy arrays or list[str], decoded when used.
+            Bytes of a token that are no UTF-8 are kept as lone surrogates ("surrogateescape").
+        metadata_types: the type each value has in the file: "u32", "f32", "str", "arr[i32]", ...
+        tensors: name to TensorInfo, in file order.
+
+    The memory maps live as long as the object or any view that `raw` gave. Replacing the file on disk by a
+    rename leaves them as they are.
+    """
+
+    def __init__(self, paths: list[Path], maps: list[mmap.mmap], headers: list[Header]) -> None:
+        self.path: Path = paths[0]
+        self.shards: tuple[Path, ...] = tuple(paths)
+        self.version: int = headers[0].version
+        self.metadata: Mapping[str, Any] = headers[0].metadata
+        self.metadata_types: Mapping[str, str] = headers[0].metadata_types
+        self.tensors: dict[str, TensorInfo] = (
+            join_shards(paths, headers) if len(paths) > 1 else dict(headers[0].tensors)
+        )
+        self._maps = dict(zip(paths, maps, strict=True))
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies.
+
+        Raises:
+            FormatError: the file has no tensor of this name.
+        """
+        if name not in self.tensors:
+            raise FormatError(
+                f"{self.path}: there is no tensor {shown(name)} among the {len(self.tensors)} of the file"
+            )
+        return self.tensors[name]
+
+    def raw(self, name: str) -> UInt8[np.ndarray, "*rows row_bytes"]:
+        """The tensor's bytes as they lie in the file: a read-only view, not a copy.
+
+        Returns:
+            uint8 [*shape[:-1], row_bytes]; [row_bytes] for a tensor of one dimension or none.
+
+        Raises:
+            FormatError: the file has no tensor of this name.
+        """
+        info = self.info(name)
+        flat = np.frombuffer(self._maps[info.path], np.uint8, info.nbytes, info.offset)
+        return flat.reshape(*info.shape[:-1], info.row_bytes)
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from this process's memory; views stay valid and read them again.
+
+        Raises:
+            FormatError: the file has no tensor of this name.
+        """
+        info = self.info(name)
+        # Not every system has madvise; without it the system drops the pages when it needs memory.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset - info.offset % mmap.PAGESIZE
+            self._maps[info.path].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
+    def __repr__(self) -> str:
+        return f"GGUFFile({str(self.path)!r}, {len(self.tensors)} tensors, {len(self.shards)} file(s))"
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file by memory map; any shard of a split model opens the whole model.
+
+    Args:
+        path: a `.gguf` file, or any `NAME-00001-of-00003.gguf`.
+
+    Returns:
+        The open file, its header parsed and every tensor's place checked.
+
+    Raises:
+        FormatError: missing, a directory, not GGUF, truncated, damaged, hostile, or a shard is missing.
+        UnsupportedError: GGUF version 1, big-endian, or a type that qjax does not know.
+    """
+    path = Path(path)
+    first = _map_file(path)
+    header = read_header(first, path)
+    paths = shard_paths(path, header)
+    maps = [first if p == path else _map_file(p) for p in paths]
+    headers = [header if p == path else read_header(m, p) for p, m in zip(paths, maps, strict=True)]
+    return GGUFFile(paths, maps, headers)
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    """Map a whole file for reading; FormatError unless it is a readable, non-empty, regular file."""
+    try:
+        mode = path.stat()
+        if stat.S_ISDIR(mode.st_mode):
+            raise FormatError(f"{path}: this is a directory, expected a .gguf file: name the file in it")
+        if not stat.S_ISREG(mode.st_mode):
+            raise FormatError(f"{path}: this is no regular file, expected a .gguf file")
+        if mode.st_size == 0:
+            raise FormatError(f"{path}: the file is empty, expected a GGUF file: download or make it again")
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read: {error}") from error
