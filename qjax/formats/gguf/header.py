@@ -15,7 +15,7 @@ from qjax.formats.gguf.types import GGML_TYPES, type_of_id
 MAGIC = b"GGUF"
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
-# Files use 32, rarely a memory page; without a limit, copying a hostile file would write gigabytes of padding.
+# Files use 32, rarely a memory page; without a limit, a copy of a hostile file could be gigabytes of padding.
 MAX_ALIGNMENT = 1 << 20
 
 # How other files that people mistake for GGUF begin.
@@ -109,8 +109,8 @@ def _read_version(cursor: Cursor) -> int:
     if start[:4] != MAGIC:
         if start[:4] in _ANCIENTS:
             raise UnsupportedError(
-                f"{path}: this is a {_ANCIENTS[start[:4]]} file, older than GGUF: convert the model again with "
-                "a current llama.cpp"
+                f"{path}: this is a {_ANCIENTS[start[:4]]} file, older than GGUF: convert the model "
+                "again with a current llama.cpp"
             )
         if start[:4] == MAGIC[::-1]:
             raise UnsupportedError(
@@ -192,11 +192,11 @@ def _check_layout(cursor: Cursor, tensors: dict[str, TensorInfo]) -> None:
         if end > cursor.size:
             cursor.fail(
                 f"the data of tensor {shown(tensor.name)} ({tensor.nbytes} bytes at {tensor.offset}) reaches "
-                f"{end - cursor.size} bytes past the end of the file: it is truncated, download or make it again"
+                f"{end - cursor.size} bytes past the end of the file: truncated, download or make it again"
             )
         if previous is not None and tensor.offset < previous.offset + previous.nbytes:
             cursor.fail(
-                f"tensors {shown(previous.name)} ({previous.type}, {previous.nbytes} bytes at {previous.offset}) "
-                f"and {shown(tensor.name)} (at {tensor.offset}) overlap: {DAMAGED}"
+                f"tensors {shown(previous.name)} ({previous.type}, {previous.nbytes} bytes at "
+                f"{previous.offset}) and {shown(tensor.name)} (at {tensor.offset}) overlap: {DAMAGED}"
             )
         previous = tensor

@@ -183,34 +183,47 @@ def encode_value(key: str, value: Any, type_name: str | None = None) -> bytes:
     is_array = type_name.startswith("arr[")
     values = value if is_array else [value]
     try:
-        if not item.format:
-            body = b"".join(encode_string(s) for s in values)
-        elif isinstance(values, np.ndarray):
-            body = _exact(values, item).tobytes()
-        else:
-            body = struct.pack(f"<{len(values)}{item.format}", *values)
-    except (struct.error, OverflowError, TypeError, ValueError, AttributeError) as error:
+        body = _encode_items(values, item)
+    except (struct.error, OverflowError, TypeError, ValueError) as error:
         raise FormatError(
             f"metadata {shown(key)}: the value does not fit its type {type_name} ({error})"
         ) from error
-    head = encode_string(key)
+    head = encode_name(key)
     if not is_array:
         return head + struct.pack("<I", item.id) + body
     return head + struct.pack("<IIQ", ARRAY_ID, item.id, len(values)) + body
 
 
-def encode_string(text: str) -> bytes:
-    """A string as GGUF stores it: u64 length, then its UTF-8 bytes (kept raw bytes go back)."""
-    raw = text.encode("utf-8", "surrogateescape")
+def encode_name(name: str) -> bytes:
+    """The name of a key or tensor as GGUF stores it: u64 length, then UTF-8.
+
+    Raises:
+        FormatError: the name has lone surrogates, which UTF-8 cannot hold.
+    """
+    try:
+        raw = name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(f"the name {shown(name)} cannot be written as UTF-8") from error
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _exact(values: np.ndarray, item: ValueType) -> np.ndarray:
-    """`values` as the item's type; ValueError where an integer would not survive."""
-    converted = values.astype(item.dtype)
-    if item.format not in "fd" and not np.array_equal(converted, values):
-        raise ValueError("a number is out of range")
-    return converted
+def _encode_items(values: Any, item: ValueType) -> bytes:
+    """A run of values of one type; ValueError, TypeError or struct.error where one of them does not fit."""
+    if isinstance(values, str) or (isinstance(values, np.ndarray) and values.ndim != 1):
+        raise ValueError("expected a flat array")
+    if not item.format:
+        # Raw bytes that the reader kept as lone surrogates go back to what they were.
+        raw = [str.encode(text, "utf-8", "surrogateescape") for text in values]
+        return b"".join(struct.pack("<Q", len(text)) + text for text in raw)
+    if isinstance(values, np.ndarray):
+        with np.errstate(invalid="ignore", over="ignore"):
+            converted = values.astype(item.dtype)
+        if item.format not in "fd" and not np.array_equal(converted, values):
+            raise ValueError("a number is out of range")
+        return converted.tobytes()
+    if item.name == "bool" and not all(isinstance(v, bool | np.bool_) for v in values):
+        raise ValueError("expected bools")
+    return struct.pack(f"<{len(values)}{item.format}", *values)
 
 
 _NUMPY_NAMES = {"bool": "bool", "float32": "f32", "float64": "f64"} | {

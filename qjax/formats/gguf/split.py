@@ -1,7 +1,8 @@
 """Models split over several GGUF files: `NAME-00001-of-00003.gguf` and so on.
 
 Source: llama.cpp's `llama_split_path` and tools/gguf-split. Each shard is a GGUF file with its own tensors
-and the keys `split.no` (from 0), `split.count` and `split.tensors.count`; the first holds all other metadata too.
+and the keys `split.no` (from 0), `split.count` and `split.tensors.count`; the first one also holds all other
+metadata.
 """
 
 import re
@@ -35,8 +36,8 @@ def shard_paths(path: Path, header: Header) -> list[Path]:
         return [path]
     if named is None:
         raise FormatError(
-            f"{path}: one of {header_count} shards, but its name does not end in -00001-of-{header_count:05d}.gguf"
-            ": rename the shards so that the others can be found"
+            f"{path}: one of {header_count} shards, but its name does not end like "
+            f"-00001-of-{header_count:05d}.gguf: rename the shards so that the others can be found"
         )
     if header_count != name_count:
         raise FormatError(

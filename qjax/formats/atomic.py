@@ -1,0 +1,74 @@
+"""Write a file so that it appears whole or not at all.
+
+The bytes go to a temporary file in the same folder, which is flushed to the disk and then renamed over the
+target: readers see the old file or the new one, and a memory map of the old one stays valid.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from qjax.errors import QjaxError
+
+# What a full or read-only disk says while the file is being filled.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the name `path` only when the block ends without an exception.
+
+    Whatever ends the block otherwise, Ctrl-C included, removes the temporary file and leaves what stood at
+    `path`. A symbolic link is followed; an existing file's permissions are kept.
+
+    Args:
+        path: the file to make or replace; its folder must exist.
+
+    Yields:
+        The temporary file, open for writing and seeking.
+
+    Raises:
+        QjaxError: the folder is missing, `path` is a directory, or the disk refuses.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise QjaxError(f"{path}: cannot be written, it is a directory: name a file in it")
+    if not target.parent.is_dir():
+        raise QjaxError(f"{path}: cannot be written, there is no folder {target.parent}: make it first")
+    # The name is cut so that it stays within what file systems allow.
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    try:
+        file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
+    except OSError as error:
+        raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS or error.filename == str(temporary):
+            raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+    finally:
+        # After the rename there is nothing left of this name.
+        temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system lets a folder be flushed."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
