@@ -65,7 +65,7 @@ def e8m0_to_f32(x: UInt8[Array | np.ndarray, "*s"]) -> Float32[Array, "*s"]:
 
 
 def e8m0_half_to_f32(x: UInt8[Array | np.ndarray, "*s"]) -> Float32[Array, "*s"]:
-    """Half of E8M0, 2^(x - 128), ggml's scale of MXFP4's doubled values; 0 and 1 are subnormal, 255 is 2^127."""
+    """Half of E8M0, 2^(x - 128), ggml's scale of MXFP4's doubled values (x of 0 and 1: subnormal)."""
     code = jnp.asarray(x).astype(_U32)
     tiny = np.uint32(0x00200000) << code
     return from_bits(jnp.where(code < np.uint32(2), tiny, (code - np.uint32(1)) << np.uint32(23)))
