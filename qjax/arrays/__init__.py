@@ -1,0 +1,15 @@
+"""What a quantized weight is: families of packed arrays, their layouts and their cost in memory."""
+
+from qjax.arrays.affine import AffineArray as AffineArray
+from qjax.arrays.base import GroupedArray as GroupedArray
+from qjax.arrays.base import QuantizedArray as QuantizedArray
+from qjax.arrays.codebook import CodebookArray as CodebookArray
+from qjax.arrays.memory import Memory as Memory
+from qjax.arrays.memory import memory as memory
+from qjax.arrays.partition import Partitioned as Partitioned
+from qjax.arrays.partition import partition as partition
+from qjax.arrays.planes import Plane as Plane
+from qjax.arrays.raw_blocks import RawBlockArray as RawBlockArray
+from qjax.arrays.two_level import TwoLevelArray as TwoLevelArray
+
+Weight = QuantizedArray | Partitioned

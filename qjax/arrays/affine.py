@@ -1,0 +1,78 @@
+"""Affine family: integer codes under one float scale (and minimum) a group."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qjax.arrays.base import GroupedArray
+from qjax.arrays.floats import f16_to_f32
+from qjax.arrays.planes import Layout, Plane, layout_bits, unpack
+
+
+def widen(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A stored scale as float32, exactly (XLA's own f16 conversion may flush or canonicalize)."""
+    if scale.dtype == jnp.float16:
+        return f16_to_f32(scale)
+    return scale.astype(jnp.float32)
+
+
+@struct.dataclass(repr=False)
+class AffineArray(GroupedArray):
+    """w = scale * (code - offset) + minimum.
+
+    Leaves (arrays):
+      planes: tuple of uint8 [..., out, in * width / 8], one for each plane of `layout`; see `planes.py`.
+      scale: float16 (or bfloat16, float32) [..., out, groups]; groups = 1 is one scale a channel.
+      minimum: like scale, or None.
+    Static:
+      layout: how the codes lie in the planes.
+      offset: subtracted from each unsigned code. 8-bit codes with offset 128 are stored as their int8 values'
+        bytes (two's complement), so that no kernel has to shift them.
+
+    Serves Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+    """
+
+    planes: Any
+    scale: Any
+    minimum: Any
+    layout: Layout = struct.field(pytree_node=False, default=(Plane(4, 16),))
+    offset: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def bits(self) -> int:
+        return layout_bits(self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, nbytes = self.planes[0].shape
+        return (*lead, nbytes * self.layout[0].per_byte)
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[-1] // self.scale.shape[-1]
+
+    @property
+    def column_unit(self) -> int:
+        return int(np.lcm.reduce([self.group_size, *(plane.chunk for plane in self.layout)]))
+
+    def codes(self) -> Int[Array, "... out in"]:
+        codes = unpack(self.planes, self.layout)
+        if self.bits == 8:
+            return lax.bitcast_convert_type(codes, jnp.int8) if self.offset == 128 else codes
+        return codes.astype(jnp.int8) - np.int8(self.offset)
+
+    def scales(self) -> Float[Array, "... out groups"]:
+        return widen(self.scale)
+
+    def minimums(self) -> Float[Array, "... out groups"] | None:
+        return None if self.minimum is None else widen(self.minimum)
+
+    def describe(self) -> str:
+        groups = self.scale.shape[-1]
+        where = "one scale a channel" if groups == 1 else f"groups of {self.group_size}"
+        kind = "symmetric" if self.minimum is None else "with minimum"
+        return f"{self.bits}-bit {kind}, {where}, {self.scale.dtype} scales"

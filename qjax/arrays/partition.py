@@ -1,0 +1,75 @@
+"""Packed weights cut over a device mesh.
+
+A weight may be cut along out_features (each device computes some of the outputs) or along in_features on group
+borders (each device computes a summand of all outputs). A `Partitioned` weight remembers the mesh and the axis, so
+that `qmatmul` can wrap its kernel in a `shard_map`: under plain jit the compiler would gather a weight to feed it to
+a kernel that it cannot split.
+"""
+
+from typing import Any, Literal
+
+import jax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qjax.arrays.base import QuantizedArray
+
+Side = Literal["out", "in"]
+
+
+@struct.dataclass(repr=False)
+class Partitioned:
+    """A packed weight laid out over `mesh`, cut along `axis` of it on the given side.
+
+    Leaves: those of `weight`, each with a NamedSharding. Static: mesh, axis, side.
+    """
+
+    weight: Any
+    mesh: Mesh = struct.field(pytree_node=False)
+    axis: str = struct.field(pytree_node=False)
+    side: Side = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    @property
+    def size(self) -> int:
+        return self.weight.size
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of every leaf [out, bytes or groups of a row]."""
+        return PartitionSpec(self.axis, None) if self.side == "out" else PartitionSpec(None, self.axis)
+
+    def __repr__(self) -> str:
+        return f"Partitioned({self.weight!r}, {self.side}_features over {self.axis!r})"
+
+
+def partition(weight: QuantizedArray, mesh: Mesh, axis: str, side: Side = "out") -> Partitioned:
+    """Cut a 2-D packed weight over one axis of a mesh and put its parts there.
+
+    Raises:
+      ValueError: the axis' size does not divide the rows, or the columns on group borders.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"expected a 2-D weight to partition, got shape {weight.shape}")
+    parts = mesh.shape[axis]
+    rows, columns = weight.shape
+    if side == "out" and rows % parts:
+        raise ValueError(f"cannot cut {rows} rows into {parts} equal parts over mesh axis {axis!r}")
+    if side == "in":
+        if columns % (parts * weight.column_unit):
+            raise ValueError(
+                f"cannot cut {columns} columns into {parts} equal parts on borders of {weight.column_unit} "
+                f"(mesh axis {axis!r}): cut along out_features, or use fewer devices"
+            )
+        if any(leaf.shape[-1] % parts for leaf in jax.tree.leaves(weight)):
+            raise ValueError(f"a scale is shared by all columns of {weight!r}: cut along out_features")
+    result = Partitioned(weight, mesh, axis, side)
+    sharding = NamedSharding(mesh, result.spec)
+    return result.replace(weight=jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), weight))

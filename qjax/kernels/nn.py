@@ -1,0 +1,77 @@
+"""The small operations around the matmuls: RMS norm, rotary embedding, attention over a cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def rms_norm(x: Float[Array, "*batch n"], weight: Float[Array, " n"], eps: float) -> Float[Array, "*batch n"]:
+    """x / sqrt(mean(x**2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+    # Broadcast by hand: the weight has one axis, x has several.
+    w = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
+    return (wide * scale * w).astype(x.dtype)
+
+
+def rope(
+    x: Float[Array, "batch seq heads dim"],
+    positions: Int[Array, "batch seq"],
+    inverse_frequencies: Float[Array, " half"],
+    *,
+    interleaved: bool,
+) -> Float[Array, "batch seq heads dim"]:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+      inverse_frequencies: one a rotated pair, theta**(-2i/dim) before any scaling. Dimensions past twice their
+        number are passed through.
+      interleaved: pairs are (2i, 2i+1), as ggml stores Llama; else (i, i + half), as Qwen.
+    """
+    half = inverse_frequencies.shape[0]
+    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies.reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    if interleaved:
+        pairs = turned.reshape(*turned.shape[:-1], half, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turned.shape)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def attention_mask(
+    query_positions: Int[Array, "batch seq"], slots: int, window: int | None
+) -> Bool[Array, "batch seq slots"]:
+    """Slot j holds position j: a query sees the slots up to its own position, and `window` of them at most."""
+    slot = jnp.arange(slots, dtype=jnp.int32).reshape(1, 1, slots)
+    query = query_positions[..., None]
+    seen = slot <= query
+    return seen if window is None else seen & (slot > query - window)
+
+
+def attention(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch kv_heads slots dim"],
+    v: Float[Array, "batch kv_heads slots dim"],
+    mask: Bool[Array, "batch seq slots"],
+) -> Float[Array, "batch seq heads dim"]:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) in float32; heads share kv_heads in order."""
+    batch, seq, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    # [batch, kv_heads, group * seq, dim]: one dot for each kv head.
+    grouped = q.reshape(batch, seq, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, group * seq, dim).astype(jnp.float32)
+    precision: Any = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k.astype(jnp.float32), precision=precision)
+    scores = scores.reshape(batch, kv_heads, group, seq, -1) * jnp.float32(dim**-0.5)
+    scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, group * seq, -1)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, v.astype(jnp.float32), precision=precision)
+    out = out.reshape(batch, kv_heads, group, seq, dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, seq, heads, dim).astype(q.dtype)

@@ -1,0 +1,117 @@
+"""The one operation: y = qmatmul(x, w), and the table of kernels it picks from.
+
+A kernel is picked by what the weight is (family and layout), how many rows x has, and the named choice of activations;
+never by a global backend, since arrays of a CPU and of a GPU live in one program. The first entry of KERNELS that
+serves the case wins; `explain` tells which one that is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qjax.arrays import GroupedArray, Partitioned, QuantizedArray
+from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
+from qjax.kernels.reference import matmul_reference
+from qjax.kernels.tiles import matmul_tiles
+
+Activations = Literal["float", "int8"]
+Matmul = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
+
+# Rows of x up to which a kernel for few rows is used.
+FEW = 4
+
+
+class Kernel(NamedTuple):
+    """`serves(weight, rows, activations)` tells whether `run(x, weight)` may be used."""
+
+    name: str
+    serves: Callable[[Any, int, str], bool]
+    run: Matmul
+
+
+def _grouped(weight: Any) -> bool:
+    return isinstance(weight, GroupedArray)
+
+
+KERNELS: list[Kernel] = [
+    Kernel("xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, matmul_int8_few),
+    Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), matmul_int8_many),
+    Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),
+    Kernel("xla-tiles", lambda w, m, a: True, matmul_tiles),
+    Kernel("reference", lambda w, m, a: True, matmul_reference),
+]
+
+
+def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel:
+    """The kernel that `qmatmul` uses for this weight and this many rows of x."""
+    for kernel in KERNELS:
+        if kernel.serves(weight, rows, activations):
+            return kernel
+    raise ValueError(f"no kernel serves {weight!r}")
+
+
+def explain(weight: Any, rows: int, activations: Activations = "float") -> str:
+    """One line: which kernel runs, on what."""
+    inner = weight.weight if isinstance(weight, Partitioned) else weight
+    kind = repr(weight) if isinstance(weight, QuantizedArray | Partitioned) else f"{weight.dtype}{weight.shape}"
+    return f"{select(inner, rows, activations).name}: {rows} rows x {kind}, {activations} activations"
+
+
+def qmatmul(
+    x: Float[Array, "*batch in"],
+    weight: Any,
+    *,
+    activations: Activations = "float",
+) -> Float[Array, "*batch out"]:
+    """x @ dequantize(weight).T with the weight kept packed.
+
+    Args:
+      x: float activations; computed in float32, returned in x's dtype.
+      weight: a QuantizedArray or float array [out, in], or a Partitioned one, for which the kernel runs inside a
+        shard_map over the weight's mesh.
+      activations: "int8" rounds x by groups before multiplying integers.
+
+    Raises:
+      ValueError: x's last axis is not the weight's in_features.
+    """
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"expected x with {weight.shape[-1]} columns for weight {weight.shape}, got {x.shape}")
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if isinstance(weight, Partitioned):
+        y = _sharded(flat, weight, activations)
+    else:
+        y = select(weight, flat.shape[0], activations).run(flat, weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+
+
+def _sharded(x: Float[Array, "rows in"], weight: Partitioned, activations: Activations) -> Float[Array, "rows out"]:
+    run = select(weight.weight, x.shape[0], activations).run
+    along_out = weight.side == "out"
+
+    @partial(
+        jax.shard_map,
+        mesh=weight.mesh,
+        in_specs=(PartitionSpec() if along_out else PartitionSpec(None, weight.axis), weight.spec),
+        out_specs=PartitionSpec(None, weight.axis) if along_out else PartitionSpec(),
+        check_vma=False,
+    )
+    def local(x: Any, part: Any) -> Any:
+        y = run(x, part)
+        return y if along_out else lax.psum(y, weight.axis)
+
+    return local(x, weight.weight)
+
+
+def qtake(weight: Any, rows: Int[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "... in"]:
+    """Rows of an embedding: only the rows asked for are dequantized. Ids past the end give the last row."""
+    if isinstance(weight, Partitioned):
+        weight = weight.weight
+    if isinstance(weight, QuantizedArray):
+        return weight.take(rows, dtype)
+    return jnp.take(weight, rows, axis=0, mode="clip").astype(dtype)

@@ -1,0 +1,144 @@
+"""The decoder as pure functions of its params.
+
+`forward` may be jitted as a whole; called plainly, it runs one compiled program a kind of layer (layers of the same
+shapes and types share it), with each layer's cache donated and updated in place. That is how `generate` runs it:
+few and small compilations, whatever the depth.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qjax.kernels import Activations, attention, attention_mask, qmatmul, qtake, rms_norm, rope
+from qjax.models.cache import KVCache
+from qjax.models.config import ModelConfig
+
+Params = dict[str, Any]
+Hidden = Float[Array, "batch seq hidden"]
+Positions = Int[Array, "batch seq"]
+LayerCache = tuple[Any, Any] | None
+
+
+def _project(x: Hidden, p: Params, name: str, activations: Activations) -> Float[Array, "batch seq out"]:
+    y = qmatmul(x, p[name], activations=activations)
+    bias = p.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, -1)
+
+
+def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: Positions) -> Any:
+    """Write new entries at their positions; the caller has room for them."""
+    new = new.astype(cache.dtype)
+    if new.shape[0] == 1:
+        block = new.transpose(0, 2, 1, 3)
+        return lax.dynamic_update_slice_in_dim(cache, block, positions[0, 0], axis=2)
+    rows = jnp.arange(new.shape[0], dtype=positions.dtype)[:, None]
+    return cache.at[rows, :, positions].set(new, mode="drop")
+
+
+@partial(jax.jit, static_argnames=("config", "activations"), donate_argnames=("cache",))
+def layer(
+    p: Params,
+    x: Hidden,
+    inverse_frequencies: Float[Array, " half"],
+    positions: Positions,
+    cache: LayerCache,
+    *,
+    config: ModelConfig,
+    activations: Activations = "float",
+) -> tuple[Hidden, LayerCache]:
+    """One decoder layer: attention and SwiGLU, each on a normed input, each added to x."""
+    batch, seq, _ = x.shape
+    h = rms_norm(x, p["attn_norm"], config.norm_eps)
+    q = _project(h, p, "attn_q", activations).reshape(batch, seq, config.heads, config.head_dim)
+    k = _project(h, p, "attn_k", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
+    v = _project(h, p, "attn_v", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
+    if "attn_q_norm" in p:
+        q, k = rms_norm(q, p["attn_q_norm"], config.norm_eps), rms_norm(k, p["attn_k_norm"], config.norm_eps)
+    turn = partial(
+        rope,
+        positions=positions,
+        inverse_frequencies=inverse_frequencies,
+        interleaved=config.rope_interleaved,
+    )
+    q, k = turn(q), turn(k)
+    if cache is None:
+        keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    else:
+        keys, values = _store(cache[0], k, positions), _store(cache[1], v, positions)
+        cache = (keys, values)
+    mask = attention_mask(positions, keys.shape[2], config.window)
+    a = attention(q, keys, values, mask).reshape(batch, seq, config.heads * config.head_dim)
+    x = x + _project(a, p, "attn_output", activations)
+    h = rms_norm(x, p["ffn_norm"], config.norm_eps)
+    gate, up = _project(h, p, "ffn_gate", activations), _project(h, p, "ffn_up", activations)
+    return x + _project(jax.nn.silu(gate) * up, p, "ffn_down", activations), cache
+
+
+@jax.jit
+def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Hidden:
+    """float32 embeddings of tokens."""
+    return qtake(params["token_embd"], tokens)
+
+
+@partial(jax.jit, static_argnames=("config", "activations"))
+def head(
+    params: Params,
+    x: Hidden,
+    at: Int[Array, " batch"] | None,
+    *,
+    config: ModelConfig,
+    activations: Activations,
+) -> Float[Array, "batch seq_or_1 vocab"]:
+    """Logits of all positions, or of position `at[b]` of each row only."""
+    if at is not None:
+        x = jnp.take_along_axis(x, at[:, None, None], axis=1)
+    x = rms_norm(x, params["output_norm"], config.norm_eps)
+    # Tied embeddings: the packed array serves both ends.
+    return qmatmul(x, params.get("output", params["token_embd"]), activations=activations)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "batch seq"],
+    cache: KVCache | None = None,
+    *,
+    counts: Int[Array, " batch"] | None = None,
+    logits_at: Int[Array, " batch"] | None = None,
+    activations: Activations = "float",
+) -> tuple[Float[Array, "batch seq_or_1 vocab"], KVCache | None]:
+    """Next-token logits of tokens that follow what the cache holds.
+
+    Args:
+      params: {"token_embd", "output_norm", "rope", "layers": [...], "output" unless tied}, weights packed or float.
+      tokens: one chunk of each row; a row's real tokens come first, anything may follow them.
+      cache: what was seen before; None starts anew and keeps nothing. Its arrays are donated: use the one returned.
+        Room for all of `tokens`, padding included, must be left in it.
+      counts: how many of a row's tokens are real (all, if None): the cache grows by these.
+      logits_at: compute the logits of this one position of each row only.
+      activations: "int8" rounds activations before each matmul.
+
+    Returns:
+      float32 logits [batch, seq or 1, vocab], and the cache.
+    """
+    batch, seq = tokens.shape
+    start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+    positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
+    x = embed({"token_embd": params["token_embd"]}, tokens)
+    keys, values = [], []
+    for i, p in enumerate(params["layers"]):
+        held = None if cache is None else (cache.keys[i], cache.values[i])
+        x, held = layer(p, x, params["rope"], positions, held, config=config, activations=activations)
+        if held is not None:
+            keys.append(held[0])
+            values.append(held[1])
+    ends = {name: params[name] for name in ("token_embd", "output", "output_norm") if name in params}
+    logits = head(ends, x, logits_at, config=config, activations=activations)
+    if cache is not None:
+        grown = start + (jnp.full(batch, seq, jnp.int32) if counts is None else counts.astype(jnp.int32))
+        cache = KVCache(tuple(keys), tuple(values), grown)
+    return logits, cache

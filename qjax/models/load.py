@@ -1,0 +1,163 @@
+"""From a GGUF file to params, tensor by tensor: never more than one tensor beside the packed model."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.arrays import QuantizedArray, RawBlockArray
+from qjax.errors import FormatError, QjaxWarning, UnsupportedError
+from qjax.formats.gguf import GGUFFile, from_blocks
+from qjax.formats.gguf.arrays import FLOAT_TYPES
+from qjax.models.config import ModelConfig, config_from_gguf
+
+Make = Callable[[str, Any], Any]
+Place = Callable[[str, Any], Any]
+
+# Name in the file -> where it goes; of a layer's tensors the part after "blk.N.".
+TOP = {"token_embd.weight": "token_embd", "output.weight": "output", "output_norm.weight": "output_norm"}
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+NORMS = ("attn_norm", "ffn_norm")
+OPTIONAL_NORMS = ("attn_q_norm", "attn_k_norm")
+# Derived at load, or of no use to a float computation.
+IGNORED_SUFFIXES = (".attn_rot_embd", ".rope_freqs.weight", ".attn_rot_embd.weight", ".input_scale")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that may be in a file, by its GGUF name."""
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, ffn = config.hidden, config.ffn
+    rows = {
+        "attn_q": (q, hidden),
+        "attn_k": (kv, hidden),
+        "attn_v": (kv, hidden),
+        "attn_output": (hidden, q),
+        "ffn_gate": (ffn, hidden),
+        "ffn_up": (ffn, hidden),
+        "ffn_down": (hidden, ffn),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (config.vocab, hidden),
+        "output.weight": (config.vocab, hidden),
+        "output_norm.weight": (hidden,),
+        "rope_freqs.weight": (config.rope_dim // 2,),
+    }
+    for i in range(config.layers):
+        for name, shape in rows.items():
+            shapes[f"blk.{i}.{name}.weight"] = shape
+            shapes[f"blk.{i}.{name}.bias"] = shape[:1]
+        for name in NORMS:
+            shapes[f"blk.{i}.{name}.weight"] = (hidden,)
+        for name in OPTIONAL_NORMS:
+            shapes[f"blk.{i}.{name}.weight"] = (config.head_dim,)
+    return shapes
+
+
+def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
+    """Every tensor that the model needs is there with its shape, and none that it would not use.
+
+    Raises:
+      FormatError: a tensor is missing or has another shape.
+      UnsupportedError: tensors of a variant that is not known: leaving them out would compute something else.
+    """
+    shapes = expected_shapes(config)
+    needed = ["token_embd.weight", "output_norm.weight"]
+    needed += [f"blk.{i}.{name}.weight" for i in range(config.layers) for name in (*MATRICES, *NORMS)]
+    for name in needed:
+        if name not in file.tensors:
+            raise FormatError(f"{file.path}: tensor {name!r} is missing; the file is incomplete")
+    for name, info in file.tensors.items():
+        if name in shapes:
+            if info.shape != shapes[name]:
+                raise FormatError(
+                    f"{file.path}: tensor {name!r} is {info.shape}, expected {shapes[name]} from the metadata"
+                )
+        elif name.endswith(".scale") and name.removesuffix(".scale") + ".weight" in shapes:
+            weight = file.tensors.get(name.removesuffix(".scale") + ".weight")
+            if weight is None or weight.type != "NVFP4" or info.shape not in ((1,), ()):
+                raise UnsupportedError(f"{file.path}: tensor {name!r} {info.shape} scales no NVFP4 weight")
+        elif not name.endswith(IGNORED_SUFFIXES):
+            raise UnsupportedError(
+                f"{file.path}: tensor {name!r} is not part of a {config.arch} model as qjax knows it"
+            )
+
+
+def read_array(file: GGUFFile, name: str, put: Callable[[np.ndarray], Any] = jax.device_put) -> Any:
+    """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied."""
+    array = from_blocks(file.tensors[name].type, file.raw(name), put)
+    scale = name.removesuffix(".weight") + ".scale"
+    if isinstance(array, RawBlockArray) and array.type == "NVFP4" and scale in file.tensors:
+        factor = np.ascontiguousarray(file.raw(scale)).view(FLOAT_TYPES[file.tensors[scale].type])
+        rows = np.full((*array.shape[:-1], 1), factor.reshape(-1)[0], np.float32)
+        array = array.replace(tensor_scale=put(rows))  # pyright: ignore[reportAttributeAccessIssue]
+    file.release(name)
+    return array
+
+
+def inverse_frequencies(config: ModelConfig, factors: np.ndarray | None) -> np.ndarray:
+    """float32 [rope_dim / 2]: theta**(-2i/dim), divided by the file's factors (Llama 3's scaling) if any."""
+    exponent = np.arange(0, config.rope_dim, 2, dtype=np.float32) / config.rope_dim
+    frequencies = 1.0 / (np.float32(config.rope_theta) ** exponent) / np.float32(config.rope_factor)
+    return (frequencies if factors is None else frequencies / factors).astype(np.float32)
+
+
+def _keep(_: str, array: Any) -> Any:
+    return array
+
+
+def load_gguf(
+    file: GGUFFile,
+    *,
+    make: Make | None = None,
+    place: Place = _keep,
+    progress: Callable[[str], None] = lambda name: None,
+) -> tuple[dict[str, Any], ModelConfig]:
+    """Params and config of an open GGUF file.
+
+    Args:
+      make: `make(name, float32 [out, in]) -> array`, asked for each float matrix: in-situ quantization.
+      place: `place(name, array) -> array`: puts an array where it shall live.
+      progress: told each tensor's name once it is loaded.
+
+    Raises:
+      UnsupportedError, FormatError: see `config_from_gguf` and `check_tensors`.
+    """
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        config_from_gguf(file.metadata, 1)
+        raise FormatError(f"{file.path}: tensor 'token_embd.weight' is missing; this file holds no weights")
+    config = config_from_gguf(file.metadata, embedding.shape[0])
+    check_tensors(file, config)
+
+    def get(name: str) -> Any:
+        array = read_array(file, name)
+        if make is not None and not isinstance(array, QuantizedArray) and array.ndim == 2:
+            array = make(name, array.astype(np.float32))
+        elif make is not None and isinstance(array, QuantizedArray):
+            kept = file.tensors[name].type
+            warnings.warn(
+                f"{name} is {kept} already and stays so: quantize from a float file",
+                QjaxWarning,
+                stacklevel=3,
+            )
+        array = place(name, array)
+        progress(name)
+        return array
+
+    def layer(i: int) -> dict[str, Any]:
+        names = [*MATRICES, *NORMS, *(n for n in OPTIONAL_NORMS if f"blk.{i}.{n}.weight" in file.tensors)]
+        p = {name: get(f"blk.{i}.{name}.weight") for name in names}
+        for name in MATRICES:
+            if f"blk.{i}.{name}.bias" in file.tensors:
+                p[f"{name}_bias"] = get(f"blk.{i}.{name}.bias")
+        return p
+
+    params = {key: get(name) for name, key in TOP.items() if name in file.tensors}
+    factors = None
+    if "rope_freqs.weight" in file.tensors:
+        factors = np.asarray(read_array(file, "rope_freqs.weight", np.asarray), np.float32)
+    params["rope"] = place("rope", jax.device_put(inverse_frequencies(config, factors)))
+    params["layers"] = [layer(i) for i in range(config.layers)]
+    return params, config
