@@ -35,19 +35,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         QjaxError: the folder is missing, `path` is a directory, or the disk refuses.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise QjaxError(f"{path}: cannot be written, it is a directory: name a file in it")
-    if not target.parent.is_dir():
-        raise QjaxError(f"{path}: cannot be written, there is no folder {target.parent}: make it first")
+    target = _checked_target(path)
     # The name is cut so that it stays within what file systems allow.
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
-        file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
-    except OSError as error:
-        raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with file:
+        with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
             yield file
             file.flush()
             if target.exists():
@@ -55,13 +47,26 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        if error.errno in _DISK_ERRORS or error.filename == str(temporary):
+        if error.errno in _DISK_ERRORS or str(error.filename) == str(temporary):
             raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
         raise
     finally:
         # After the rename there is nothing left of this name.
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def _checked_target(path: str | Path) -> Path:
+    """Where the file will really lie, behind symbolic links; QjaxError if no file can lie there."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise QjaxError(f"{path}: cannot be written, it is a directory: name a file in it")
+        if not target.parent.is_dir():
+            raise QjaxError(f"{path}: cannot be written, there is no folder {target.parent}: make it first")
+    except (OSError, ValueError) as error:
+        raise QjaxError(f"{path}: cannot be written: {error}") from error
+    return target
 
 
 def _sync_folder(folder: Path) -> None:

@@ -104,9 +104,7 @@ def read_metadata(cursor: Cursor, count: int) -> tuple[Metadata, dict[str, str]]
     """
     # A key takes 8 bytes of length, 4 of type and a value of 1 byte or more.
     if count > cursor.left // 13:
-        cursor.fail(
-            f"the header claims {count} metadata keys, but only {cursor.left} bytes follow: {DAMAGED}"
-        )
+        cursor.fail(f"the header claims {count} metadata keys, but only {cursor.left} bytes follow: {DAMAGED}")
     entries: dict[str, Any] = {}
     types: dict[str, str] = {}
     for index in range(count):
@@ -140,9 +138,7 @@ def _read_scalar(cursor: Cursor, kind: ValueType, what: str) -> int | float | bo
 def _skip_array(cursor: Cursor, what: str) -> _Array:
     item_id = cursor.u32(what)
     if item_id == ARRAY_ID:
-        raise UnsupportedError(
-            f"{cursor.path}: {what} is an array of arrays, which neither llama.cpp nor qjax reads"
-        )
+        raise UnsupportedError(f"{cursor.path}: {what} is an array of arrays, which neither llama.cpp nor qjax reads")
     item = _value_type(cursor, item_id, what)
     count = cursor.u64(what)
     if item.format:
@@ -177,17 +173,13 @@ def encode_value(key: str, value: Any, type_name: str | None = None) -> bytes:
         type_name = _type_name_for(key, value)
     item = VALUE_TYPES.get(type_name.removeprefix("arr[").removesuffix("]"))
     if item is None:
-        raise FormatError(
-            f"metadata {shown(key)}: unknown value type {type_name!r}, expected {', '.join(VALUE_TYPES)}"
-        )
+        raise FormatError(f"metadata {shown(key)}: unknown value type {type_name!r}, expected {', '.join(VALUE_TYPES)}")
     is_array = type_name.startswith("arr[")
     values = value if is_array else [value]
     try:
         body = _encode_items(values, item)
     except (struct.error, OverflowError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"metadata {shown(key)}: the value does not fit its type {type_name} ({error})"
-        ) from error
+        raise FormatError(f"metadata {shown(key)}: the value does not fit its type {type_name} ({error})") from error
     head = encode_name(key)
     if not is_array:
         return head + struct.pack("<I", item.id) + body
@@ -227,9 +219,7 @@ def _encode_items(values: Any, item: ValueType) -> bytes:
 
 
 _NUMPY_NAMES = {"bool": "bool", "float32": "f32", "float64": "f64"} | {
-    f"{sign}int{bits}": f"{letter}{bits}"
-    for sign, letter in (("", "i"), ("u", "u"))
-    for bits in (8, 16, 32, 64)
+    f"{sign}int{bits}": f"{letter}{bits}" for sign, letter in (("", "i"), ("u", "u")) for bits in (8, 16, 32, 64)
 }
 
 
@@ -243,7 +233,7 @@ def _type_name_for(key: str, value: Any) -> str:
         return {bool: "bool", float: "f32", str: "str"}[type(value)]
     elif isinstance(value, int):
         return _integer_type(value, value, ("u32", "i32", "u64", "i64"))
-    elif isinstance(value, Sequence):
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         if all(isinstance(v, str) for v in value):
             return "arr[str]"
         if all(isinstance(v, bool) for v in value):
