@@ -88,14 +88,14 @@ def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Hidden:
 def head(
     params: Params,
     x: Hidden,
-    at: Int[Array, " batch"] | None,
+    at: Int[Array, "batch n"] | None,
     *,
     config: ModelConfig,
     activations: Activations,
-) -> Float[Array, "batch seq_or_1 vocab"]:
-    """Logits of all positions, or of position `at[b]` of each row only."""
+) -> Float[Array, "batch n vocab"]:
+    """Logits of all positions, or of positions `at[b]` of each row b only."""
     if at is not None:
-        x = jnp.take_along_axis(x, at[:, None, None], axis=1)
+        x = jnp.take_along_axis(x, at[:, :, None], axis=1)
     x = rms_norm(x, params["output_norm"], config.norm_eps)
     # Tied embeddings: the packed array serves both ends.
     return qmatmul(x, params.get("output", params["token_embd"]), activations=activations)
@@ -108,9 +108,9 @@ def forward(
     cache: KVCache | None = None,
     *,
     counts: Int[Array, " batch"] | None = None,
-    logits_at: Int[Array, " batch"] | None = None,
+    logits_at: Int[Array, "batch n"] | None = None,
     activations: Activations = "float",
-) -> tuple[Float[Array, "batch seq_or_1 vocab"], KVCache | None]:
+) -> tuple[Float[Array, "batch n vocab"], KVCache | None]:
     """Next-token logits of tokens that follow what the cache holds.
 
     Args:
@@ -119,11 +119,11 @@ def forward(
       cache: what was seen before; None starts anew and keeps nothing. Its arrays are donated: use the one returned.
         Room for all of `tokens`, padding included, must be left in it.
       counts: how many of a row's tokens are real (all, if None): the cache grows by these.
-      logits_at: compute the logits of this one position of each row only.
+      logits_at: compute the logits of these positions (within `tokens`) only.
       activations: "int8" rounds activations before each matmul.
 
     Returns:
-      float32 logits [batch, seq or 1, vocab], and the cache.
+      float32 logits [batch, seq (or n of logits_at), vocab], and the cache.
     """
     batch, seq = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length

@@ -1,0 +1,95 @@
+"""Perplexity as llama-perplexity measures it, so that figures of both can be compared.
+
+The text is cut into chunks of n_ctx tokens that do not overlap; the first token of each is replaced by BOS where the
+model adds one; only the predictions of the second half are scored, n_ctx / 2 - 1 of them: the first half gives every
+scored token a context. PPL = exp(mean NLL), its standard error PPL * sqrt(var / (n - 1)).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qjax.errors import QjaxError
+from qjax.kernels import Activations
+from qjax.models import ModelConfig, forward
+
+
+class Perplexity(NamedTuple):
+    """perplexity +- stderr over `tokens` scored predictions in `chunks` chunks."""
+
+    perplexity: float
+    stderr: float
+    tokens: int
+    chunks: int
+    seconds: float
+
+
+@jax.jit
+def negative_log_likelihood(logits: Float[Array, "n vocab"], targets: Int[Array, " n"]) -> Float[Array, " n"]:
+    """-log p(target) of each row, in nats."""
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def summarize(losses: np.ndarray, chunks: int, seconds: float) -> Perplexity:
+    """Perplexity and its error from the NLL of each scored token, float64."""
+    count = losses.size
+    mean = float(losses.mean())
+    variance = float((losses**2).mean()) - mean**2
+    ppl = math.exp(mean)
+    error = ppl * math.sqrt(max(variance, 0.0) / (count - 1)) if count > 1 else math.nan
+    return Perplexity(ppl, error, count, chunks, seconds)
+
+
+def perplexity(
+    params: dict[str, Any],
+    config: ModelConfig,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    n_ctx: int = 512,
+    bos_id: int | None = None,
+    chunks: int | None = None,
+    activations: Activations = "float",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a model on a text of token ids.
+
+    Args:
+      ids: the whole text, tokenized at once, with BOS in front where the model adds one.
+      n_ctx: tokens of a chunk, at least 8 and even.
+      bos_id: replaces each chunk's first token; None where the model adds no BOS.
+      chunks: only this many; None for all.
+      progress: called as (chunks done, chunks, perplexity so far).
+
+    Raises:
+      QjaxError: the text is shorter than two chunks, or n_ctx is odd or out of range.
+    """
+    if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
+        raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")
+    tokens = np.asarray(ids, np.int32)
+    available = len(tokens) // n_ctx
+    if available < 1:
+        raise QjaxError(f"the text has {len(tokens)} tokens, fewer than one chunk of {n_ctx}: give a longer one")
+    if chunks is not None and chunks < 1:
+        raise QjaxError(f"expected at least one chunk, got {chunks}")
+    count = available if chunks is None else min(chunks, available)
+    first = n_ctx // 2
+    at = jnp.arange(first, n_ctx - 1, dtype=jnp.int32)[None]
+    losses: list[np.ndarray] = []
+    start = time.perf_counter()
+    for i in range(count):
+        chunk = tokens[i * n_ctx : (i + 1) * n_ctx].copy()
+        targets = jnp.asarray(chunk[first + 1 :])
+        if bos_id is not None:
+            chunk[0] = bos_id
+        logits, _ = forward(params, config, jnp.asarray(chunk)[None], logits_at=at, activations=activations)
+        losses.append(np.asarray(negative_log_likelihood(logits[0], targets), np.float64))
+        if progress is not None:
+            progress(i + 1, count, math.exp(float(np.concatenate(losses).mean())))
+    return summarize(np.concatenate(losses), count, time.perf_counter() - start)

@@ -1,0 +1,167 @@
+"""Prefill and decode loops over the pure `forward`.
+
+Prompts go through the model in chunks of two fixed sizes, padded at the end, so that any prompt needs at most three
+compiled programs a kind of layer (large chunk, small chunk, one token).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qjax.errors import QjaxError
+from qjax.generate.sampling import Greedy, Sampler
+from qjax.kernels import Activations
+from qjax.models import KVCache, ModelConfig, forward, init_cache
+
+LARGE_CHUNK, SMALL_CHUNK = 512, 32
+# What is left of a prompt goes through one padded large chunk rather than this many small ones.
+SMALL_CHUNKS_AT_MOST = 6
+SLOT_UNIT = 256
+
+Params = dict[str, Any]
+
+
+def chunk_sizes(length: int) -> list[int]:
+    """The chunks that a prompt of this length is cut into."""
+    sizes = []
+    while length > 0:
+        size = LARGE_CHUNK if length > SMALL_CHUNK * SMALL_CHUNKS_AT_MOST else SMALL_CHUNK
+        sizes.append(size)
+        length -= size
+    return sizes
+
+
+def slots_for(prompt: int, new: int) -> int:
+    """Cache slots for a prompt with its padding and for `new` tokens, rounded up so that few sizes are compiled."""
+    needed = max(prompt + new, sum(chunk_sizes(prompt)))
+    return -(-needed // SLOT_UNIT) * SLOT_UNIT
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    *,
+    activations: Activations = "float",
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    """Run prompts, of unequal lengths if need be, and give the logits after each one's last token.
+
+    Raises:
+      QjaxError: an empty prompt.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or lengths.min() < 1:
+        raise QjaxError("a prompt has no tokens: give at least one (or let the model add its BOS)")
+    sizes = chunk_sizes(int(lengths.max()))
+    tokens = np.zeros((len(prompts), sum(sizes)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    last, start = None, 0
+    for size in sizes:
+        counts = jnp.asarray(np.clip(lengths - start, 0, size))
+        logits, held = forward(
+            params,
+            config,
+            jnp.asarray(tokens[:, start : start + size]),
+            cache,
+            counts=counts,
+            logits_at=jnp.maximum(counts - 1, 0)[:, None],
+            activations=activations,
+        )
+        assert held is not None
+        cache = held
+        last = logits[:, 0] if last is None else jnp.where((counts > 0)[:, None], logits[:, 0], last)
+        start += size
+    assert last is not None
+    return last, cache
+
+
+@partial(jax.jit, static_argnames="sampler")
+def choose(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], key: Any, *, sampler: Sampler
+) -> tuple[Int[Array, " batch"], Bool[Array, "batch vocab"], Any]:
+    """The next token of each row, the tokens seen with it, and the next key."""
+    now, later = jax.random.split(key)
+    token = sampler(logits, seen, now)
+    rows = jnp.arange(token.shape[0], dtype=token.dtype)
+    return token, seen.at[rows, token].set(True), later
+
+
+def decode(
+    params: Params,
+    config: ModelConfig,
+    logits: Float[Array, "batch vocab"],
+    cache: KVCache,
+    *,
+    prompts: Sequence[Sequence[int]],
+    steps: int,
+    sampler: Sampler,
+    seed: int = 0,
+    activations: Activations = "float",
+) -> Iterator[np.ndarray]:
+    """Up to `steps` tokens of each row, as int32 [batch] arrays, one step at a time.
+
+    The next step is under way before a token is handed out, so that reading it does not make the device wait.
+    """
+    mask = np.zeros(logits.shape, bool)
+    for row, prompt in zip(mask, prompts, strict=True):
+        row[np.asarray(prompt)] = True
+    seen, key = jnp.asarray(mask), jax.random.key(seed)
+    for step in range(steps):
+        token, seen, key = choose(logits, seen, key, sampler=sampler)
+        if step + 1 < steps:
+            logits, held = _step(params, config, token, cache, activations)
+            cache = held
+        yield np.asarray(token)
+
+
+def _step(
+    params: Params, config: ModelConfig, token: Int[Array, " batch"], cache: KVCache, activations: Activations
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    logits, held = forward(params, config, token[:, None], cache, activations=activations)
+    assert held is not None
+    return logits[:, 0], held
+
+
+def generate_ids(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    cache_dtype: Any = jnp.float16,
+    activations: Activations = "float",
+) -> Iterator[np.ndarray]:
+    """Tokens that follow the prompts, int32 [batch] a step, for `max_tokens` steps; the caller stops at will.
+
+    Raises:
+      QjaxError: an empty prompt, a token id that is not in the vocabulary, or more tokens than the model's context.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest + max_tokens > config.context:
+        raise QjaxError(
+            f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}"
+        )
+    if any(not 0 <= token < config.vocab for prompt in prompts for token in prompt):
+        raise QjaxError(f"a token id is not in the model's vocabulary of {config.vocab}")
+    cache = init_cache(config, len(prompts), slots_for(longest, max_tokens), cache_dtype)
+    logits, cache = prefill(params, config, prompts, cache, activations=activations)
+    yield from decode(
+        params,
+        config,
+        logits,
+        cache,
+        prompts=prompts,
+        steps=max_tokens,
+        sampler=sampler or Greedy(),
+        seed=seed,
+        activations=activations,
+    )

@@ -1,0 +1,159 @@
+"""Sampling strategies: small frozen dataclasses, each a pure function on logits; chained in llama.cpp's order."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+from qjax.errors import QjaxError
+
+Logits = Float[Array, "batch vocab"]
+Seen = Bool[Array, "batch vocab"]
+Key = PRNGKeyArray | UInt32[Array, "2"]
+
+
+class Strategy(Protocol):
+    """Changes logits [batch, vocab]; -inf rules a token out. `seen` marks the tokens of prompt and output so far."""
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits: ...
+
+
+def _check(good: bool, what: str, value: float) -> None:
+    if not good:
+        raise QjaxError(f"expected {what}, got {value}")
+
+
+def _keep(logits: Logits, mask: Bool[Array, "batch vocab"]) -> Logits:
+    return jnp.where(mask, logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019, arXiv:1909.05858)."""
+
+    penalty: float
+
+    def __post_init__(self) -> None:
+        _check(self.penalty > 0, "a repetition penalty above 0", self.penalty)
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits:
+        return jnp.where(seen, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Keep the k most likely tokens (and those that tie with the last of them)."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check(self.k >= 1, "top-k of at least 1", self.k)
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits:
+        least = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
+        return _keep(logits, logits >= least)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP:
+    """Keep the fewest most likely tokens whose probabilities sum to p (Holtzman et al. 2019, arXiv:1904.09751)."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        _check(0 < self.p <= 1, "top-p in (0, 1]", self.p)
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        # A token stays if the more likely ones do not reach p without it; the first always stays.
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.min(jnp.where(before < self.p, ordered, jnp.inf), axis=-1, keepdims=True)
+        return _keep(logits, logits >= least)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinP:
+    """Keep tokens at least p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082)."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.p <= 1, "min-p in [0, 1]", self.p)
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits:
+        if self.p == 0:
+            return logits
+        return _keep(logits, logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(self.p)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Divide logits by the temperature: below 1 is bolder, above 1 more varied."""
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        _check(self.temperature > 0, "a temperature above 0 (0 means greedy)", self.temperature)
+
+    def __call__(self, logits: Logits, seen: Seen) -> Logits:
+        return logits / self.temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """Always the most likely token."""
+
+    strategies: tuple[Strategy, ...] = ()
+
+    def __call__(self, logits: Logits, seen: Seen, key: Key) -> Int[Array, " batch"]:
+        for strategy in self.strategies:
+            logits = strategy(logits, seen)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw from what the strategies, applied in order, leave."""
+
+    strategies: tuple[Strategy, ...] = ()
+
+    def __call__(self, logits: Logits, seen: Seen, key: Key) -> Int[Array, " batch"]:
+        for strategy in self.strategies:
+            logits = strategy(logits, seen)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+Sampler = Greedy | Sample
+
+
+def make_sampler(
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Sampler:
+    """A sampler from the usual numbers: penalty, top-k, top-p, min-p, temperature, in this order.
+
+    Raises:
+      QjaxError: a number out of its range.
+    """
+    chain: list[Strategy] = []
+    if repetition_penalty != 1:
+        chain.append(RepetitionPenalty(repetition_penalty))
+    _check(temperature >= 0, "a temperature of at least 0", temperature)
+    if temperature == 0:
+        return Greedy(tuple(chain))
+    if top_k is not None and top_k != 0:
+        chain.append(TopK(top_k))
+    if top_p != 1:
+        chain.append(TopP(top_p))
+    if min_p != 0:
+        chain.append(MinP(min_p))
+    if temperature != 1:
+        chain.append(Temperature(temperature))
+    return Sample(tuple(chain))
