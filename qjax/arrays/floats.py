@@ -87,9 +87,7 @@ def _split(magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Only subnormals have leading zeros to shift out: their highest bit is moved to the hidden bit's place.
     shift = lax.clz(magnitude & _MANTISSA) - np.uint32(8)
     mantissa = jnp.where(field == np.uint32(0), magnitude << shift, (magnitude & _MANTISSA) | _HIDDEN)
-    exponent = jnp.where(
-        field == np.uint32(0), np.int32(1) - shift.astype(jnp.int32), field.astype(jnp.int32)
-    )
+    exponent = jnp.where(field == np.uint32(0), np.int32(1) - shift.astype(jnp.int32), field.astype(jnp.int32))
     return mantissa, exponent
 
 
