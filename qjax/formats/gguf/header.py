@@ -76,9 +76,7 @@ def read_header(data: mmap.mmap | bytes, path: Path) -> Header:
     alignment = _alignment(cursor, metadata, types)
     # A tensor takes 8 bytes of name length, 4 of dimension count, 4 of type, 8 of offset.
     if tensor_count > cursor.left // 24:
-        cursor.fail(
-            f"the header claims {tensor_count} tensors, but only {cursor.left} bytes follow: {DAMAGED}"
-        )
+        cursor.fail(f"the header claims {tensor_count} tensors, but only {cursor.left} bytes follow: {DAMAGED}")
     infos: dict[str, TensorInfo] = {}
     for index in range(tensor_count):
         info = _read_tensor_info(cursor, index, alignment)
@@ -86,9 +84,7 @@ def read_header(data: mmap.mmap | bytes, path: Path) -> Header:
             cursor.fail(f"tensor {shown(info.name)} stands twice in the header: {DAMAGED}")
         infos[info.name] = info
     start = align_up(cursor.position, alignment)
-    tensors = {
-        t.name: TensorInfo(t.name, t.shape, t.type, start + t.offset, t.nbytes, path) for t in infos.values()
-    }
+    tensors = {t.name: TensorInfo(t.name, t.shape, t.type, start + t.offset, t.nbytes, path) for t in infos.values()}
     _check_layout(cursor, tensors)
     return Header(version, metadata, types, alignment, start, tensors)
 
@@ -113,23 +109,17 @@ def _read_version(cursor: Cursor) -> int:
                 "again with a current llama.cpp"
             )
         if start[:4] == MAGIC[::-1]:
-            raise UnsupportedError(
-                f"{path}: a GGUF file in reversed byte order; qjax reads little-endian files only"
-            )
+            raise UnsupportedError(f"{path}: a GGUF file in reversed byte order; qjax reads little-endian files only")
         cursor.fail(f"expected a GGUF file (magic {MAGIC!r}), found {_describe_stranger(start, cursor.size)}")
     cursor.skip(4, "the magic")
     version = cursor.u32("the version")
     if version == 1:
-        raise UnsupportedError(
-            f"{path}: GGUF version 1, expected 2 or 3: convert the model again with llama.cpp"
-        )
+        raise UnsupportedError(f"{path}: GGUF version 1, expected 2 or 3: convert the model again with llama.cpp")
     if version not in (2, 3):
         # A small number in the other byte order has its low half empty.
         if version != 0 and version & 0xFFFF == 0:
             raise UnsupportedError(f"{path}: a big-endian GGUF file; qjax reads little-endian files only")
-        raise UnsupportedError(
-            f"{path}: GGUF version {version}, expected 2 or 3: damaged, or newer than this qjax"
-        )
+        raise UnsupportedError(f"{path}: GGUF version {version}, expected 2 or 3: damaged, or newer than this qjax")
     return version
 
 
@@ -147,7 +137,7 @@ def _alignment(cursor: Cursor, metadata: Metadata, types: dict[str, str]) -> int
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if types.get("general.alignment", "u32") != "u32" or not is_alignment(alignment):
         cursor.fail(
-            f"general.alignment is {str(alignment)[:40]} ({types['general.alignment']}), expected a power of "
+            f"general.alignment is {shown(str(alignment))} ({types['general.alignment']}), expected a power of "
             f"two (u32) up to {MAX_ALIGNMENT}: {DAMAGED}"
         )
     return alignment
@@ -178,9 +168,7 @@ def _read_tensor_info(cursor: Cursor, index: int, alignment: int) -> TensorInfo:
         )
     offset = cursor.u64(what)
     if offset % alignment:
-        cursor.fail(
-            f"{what} lies at offset {offset}, expected a multiple of the alignment {alignment}: {DAMAGED}"
-        )
+        cursor.fail(f"{what} lies at offset {offset}, expected a multiple of the alignment {alignment}: {DAMAGED}")
     return TensorInfo(name, shape, kind.name, offset, elements // row * kind.row_bytes(row), cursor.path)
 
 

@@ -86,18 +86,19 @@ FORMAT_ERRORS = {
     ),
     "alignment 0": (
         build([entry("general.alignment", U32, u32(0))]),
-        r"general.alignment is 0 \(u32\), expected a power",
+        r"general.alignment is '0' \(u32\), expected a power",
     ),
-    "alignment 48": (build([entry("general.alignment", U32, u32(48))]), "general.alignment is 48"),
+    "alignment 48": (build([entry("general.alignment", U32, u32(48))]), "general.alignment is '48'"),
     "alignment 2 GiB": (
         build([entry("general.alignment", U32, u32(2**31))]),
-        f"general.alignment is {2**31}",
+        f"general.alignment is '{2**31}'",
     ),
-    "alignment u64": (build([entry("general.alignment", 10, u64(32))]), r"general.alignment is 32 \(u64\)"),
+    "alignment u64": (build([entry("general.alignment", 10, u64(32))]), r"general.alignment is '32' \(u64\)"),
     "alignment string": (
         build([entry("general.alignment", STRING, string("32"))]),
-        r"general.alignment is 32 \(str\)",
+        r"general.alignment is '32' \(str\)",
     ),
+    "alignment of two lines": (build([entry("general.alignment", STRING, string("3\n2"))]), r"is '3\\n2' \(str\)"),
     "tensor name length": (build([], [u64(HUGE) + bytes(24)]), f"the name of tensor 0 needs {HUGE} bytes"),
     "tensor name": (build([], [tensor(b"\xff")], bytes(16)), "the name of tensor 0 is not UTF-8"),
     "n_dims 5": (
