@@ -58,8 +58,8 @@ def points_of_8(type: str, index: UInt8[Array, "*s n"] | UInt16[Array, "*s n"]) 
 
 def points_of_4(type: str, index: UInt8[Array, "*s n"] | UInt16[Array, "*s n"]) -> Int32[Array, "*s n//2 8"]:
     """Coordinates of the 4-dimensional points of IQ3 types, two neighbours joined to a vector of 8."""
-    words = split_last(_look_up(type, index), index.shape[-1] // 2, 2).astype(jnp.uint32)
-    pairs = words[..., 0] | (words[..., 1] << np.uint32(16))
+    words = split_last(_look_up(type, index), index.shape[-1] // 2, 2)
+    pairs = jax.lax.bitcast_convert_type(words, jnp.uint32)
     return _VALUES[type](fields(pairs, range(0, 32, 4), 7).astype(jnp.int32))
 
 

@@ -39,8 +39,10 @@ def decode_iq1_m(blocks: UInt8[Array, "*s 56"]) -> Float32[Array, "*s 256"]:
     The float16 d is dealt over the upper 4 bits of the four words, lowest first.
     """
     words = u16(blocks[..., 48:56])
-    pieces = (words >> np.uint16(12)) << np.asarray([0, 4, 8, 12], np.uint16).reshape((1,) * (words.ndim - 1) + (4,))
-    d = f16_to_f32(pieces[..., 0:1] | pieces[..., 1:2] | pieces[..., 2:3] | pieces[..., 3:4])
+    places = np.asarray([0, 4, 8, 12], np.uint16).reshape((1,) * (words.ndim - 1) + (4,))
+    pieces = (words >> np.uint16(12)) << places
+    # Disjoint bits: their sum is their union. (A union of four slices made XLA's CPU loop ten times slower.)
+    d = f16_to_f32(jnp.sum(pieces, axis=-1, keepdims=True, dtype=jnp.uint16))
     high = flat_fields(blocks[..., 32:48], (0, 4), 15)
     index = blocks[..., 0:32].astype(jnp.uint16) | ((high & np.uint8(7)).astype(jnp.uint16) << np.uint16(8))
     minus = ((high >> np.uint8(3)) != 0)[..., None]
