@@ -1,1 +1,51 @@
-"""qjax: open, make and run quantized LLMs with their weights still packed, as pure JAX functions."""
+"""qjax: open, make and run quantized LLMs with their weights still packed, as pure JAX functions.
+
+model = qjax.load("tinyllama-1.1b.Q4_K_M.gguf")
+for piece in model.generate("Once upon a time", max_tokens=64):
+    print(piece, end="")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use: `import qjax.formats.gguf` need not wait for all of JAX.
+_PUBLIC = {
+    "Model": "qjax.api",
+    "convert": "qjax.api",
+    "load": "qjax.api",
+    "save": "qjax.api",
+    "quantizer": "qjax.api",
+    "forward": "qjax.models",
+    "init_cache": "qjax.models",
+    "qmatmul": "qjax.kernels",
+    "qtake": "qjax.kernels",
+    "explain": "qjax.kernels",
+    "memory": "qjax.arrays.memory",
+    "partition": "qjax.arrays.partition",
+    "perplexity": "qjax.evaluate.perplexity",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from qjax.api import Model as Model
+    from qjax.api import convert as convert
+    from qjax.api import load as load
+    from qjax.api import quantizer as quantizer
+    from qjax.api import save as save
+    from qjax.arrays.memory import memory as memory
+    from qjax.arrays.partition import partition as partition
+    from qjax.evaluate.perplexity import perplexity as perplexity
+    from qjax.kernels import explain as explain
+    from qjax.kernels import qmatmul as qmatmul
+    from qjax.kernels import qtake as qtake
+    from qjax.models import forward as forward
+    from qjax.models import init_cache as init_cache
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        from importlib import import_module
+
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'qjax' has no attribute {name!r}")

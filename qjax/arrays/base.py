@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class QuantizedArray(abc.ABC):
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.size if self.size else 0.0
 
-    def map_rows(self, f: Callable[[Any], Any]) -> Self:
+    def map_rows(self, f: Callable[[Any], Any]) -> Any:
         """`f` on every leaf; f must treat axis -2 as rows and keep the last axis."""
         return jax.tree.map(f, self)
 

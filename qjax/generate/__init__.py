@@ -7,3 +7,5 @@ from qjax.generate.engine import slots_for as slots_for
 from qjax.generate.sampling import Greedy as Greedy
 from qjax.generate.sampling import Sample as Sample
 from qjax.generate.sampling import make_sampler as make_sampler
+from qjax.generate.text import Piece as Piece
+from qjax.generate.text import stream_text as stream_text

@@ -1,7 +1,7 @@
 """From a GGUF file to params, tensor by tensor: never more than one tensor beside the packed model."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,11 +84,13 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             )
 
 
-def read_array(file: GGUFFile, name: str, put: Callable[[np.ndarray], Any] = jax.device_put) -> Any:
-    """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied."""
+def read_array(
+    file: GGUFFile, name: str, put: Callable[[np.ndarray], Any] = jax.device_put, *, apply_scale: bool = True
+) -> Any:
+    """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied unless unwanted."""
     array = from_blocks(file.tensors[name].type, file.raw(name), put)
     scale = name.removesuffix(".weight") + ".scale"
-    if isinstance(array, RawBlockArray) and array.type == "NVFP4" and scale in file.tensors:
+    if isinstance(array, RawBlockArray) and array.type == "NVFP4" and apply_scale and scale in file.tensors:
         factor = np.ascontiguousarray(file.raw(scale)).view(FLOAT_TYPES[file.tensors[scale].type])
         rows = np.full((*array.shape[:-1], 1), factor.reshape(-1)[0], np.float32)
         array = array.replace(tensor_scale=put(rows))  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,6 +103,25 @@ def inverse_frequencies(config: ModelConfig, factors: np.ndarray | None) -> np.n
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float32) / config.rope_dim
     frequencies = 1.0 / (np.float32(config.rope_theta) ** exponent) / np.float32(config.rope_factor)
     return (frequencies if factors is None else frequencies / factors).astype(np.float32)
+
+
+def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """(name in the file, array) of each tensor of a model: what `load_gguf` read, with NVFP4's `.scale` set apart."""
+
+    def split(name: str, array: Any) -> Iterator[tuple[str, Any]]:
+        yield name, array
+        if isinstance(array, RawBlockArray) and array.tensor_scale is not None:
+            yield name.removesuffix(".weight") + ".scale", np.asarray(array.tensor_scale).reshape(-1)[:1]
+
+    if "rope_factors" in params:
+        yield "rope_freqs.weight", params["rope_factors"]
+    for name, key in TOP.items():
+        if key in params:
+            yield from split(name, params[key])
+    for i, p in enumerate(params["layers"]):
+        for key, array in p.items():
+            suffix = f"{key.removesuffix('_bias')}.bias" if key.endswith("_bias") else f"{key}.weight"
+            yield from split(f"blk.{i}.{suffix}", array)
 
 
 def _keep(_: str, array: Any) -> Any:
@@ -158,6 +179,7 @@ def load_gguf(
     factors = None
     if "rope_freqs.weight" in file.tensors:
         factors = np.asarray(read_array(file, "rope_freqs.weight", np.asarray), np.float32)
+        params["rope_factors"] = factors
     params["rope"] = place("rope", jax.device_put(inverse_frequencies(config, factors)))
     params["layers"] = [layer(i) for i in range(config.layers)]
     return params, config

@@ -1,0 +1,255 @@
+"""The public face: load, generate, save, convert."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.arrays import Memory, QuantizedArray, memory
+from qjax.errors import QjaxError, QjaxWarning
+from qjax.formats.gguf import from_blocks, open_gguf, to_blocks, type_of
+from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
+from qjax.formats.gguf.types import GGML_TYPES
+from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.formats.locate import locate
+from qjax.generate import Piece, make_sampler, stream_text
+from qjax.kernels import Activations
+from qjax.models import ModelConfig, load_gguf
+from qjax.models.load import Make, Place, gguf_tensors, read_array
+from qjax.quantizers.ggml_legacy import encode
+from qjax.text import Tokenizer, chat_prompt
+
+# What `quantize=` and `convert --type` take, with llama.cpp's general.file_type for each.
+QUANTIZE_TYPES: dict[str, int] = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q5_1": 9,
+    "bf16": 32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An open model: packed params, what it is, and its tokenizer.
+
+    Attributes:
+      params, config: what `qjax.forward` takes.
+      metadata, metadata_types: the file's, for saving.
+      source: the file it came from.
+    """
+
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    config: ModelConfig
+    metadata: Mapping[str, Any] = dataclasses.field(repr=False)
+    metadata_types: Mapping[str, str] = dataclasses.field(repr=False)
+    source: Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Made on first use: a model without a (known) tokenizer can still be run on ids."""
+        return Tokenizer.from_gguf(self.metadata)
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes of all weights, packed and as 16-bit floats."""
+        return memory({key: value for key, value in self.params.items() if not key.startswith("rope")})
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Ids of a prompt, with BOS in front where the model adds one."""
+        return self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        cache_dtype: Any = jnp.float16,
+        activations: Activations = "float",
+    ) -> Iterator[Piece]:
+        """Continue a prompt (text or token ids): pieces of text with the token ids they came from.
+
+        Raises:
+          QjaxError: a sampling number out of range, or a prompt and answer longer than the model's context.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        sampler = make_sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        return stream_text(
+            self.params,
+            self.config,
+            self.tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            seed=seed,
+            stop=stop,
+            cache_dtype=cache_dtype,
+            activations=activations,
+        )
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """The text of `stream`, piece by piece; the same options."""
+        return (piece.text for piece in self.stream(prompt, **options) if piece.text)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
+        """Answer a conversation of {"role", "content"} messages by the model's own chat template."""
+        return self.generate(self.chat_ids(messages), **options)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer."""
+        text = chat_prompt(self.tokenizer, messages)
+        ids = self.tokenizer.encode(text, parse_special=True)
+        bos = self.tokenizer.bos_id
+        # Templates often write BOS themselves.
+        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+
+
+def quantizer(type_name: str) -> Make:
+    """`make(name, float32 [out, in])` for `load`: round-to-nearest by ggml's encoder of that type.
+
+    A matrix whose rows do not hold whole blocks stays float16, with a warning that names it.
+
+    Raises:
+      QjaxError: a type without an encoder; lists those that have one.
+    """
+    if type_name.lower() not in QUANTIZE_TYPES:
+        raise QjaxError(f"cannot quantize to {type_name!r}; known are {', '.join(QUANTIZE_TYPES)}")
+    kind = type_name.upper()
+
+    def make(name: str, w: Any) -> QuantizedArray | Any:
+        block = GGML_TYPES[kind].block_size
+        if w.shape[-1] % block:
+            warnings.warn(
+                f"{name}: rows of {w.shape[-1]} are not whole {kind} blocks of {block}; kept as float16",
+                QjaxWarning,
+                stacklevel=2,
+            )
+            return jnp.asarray(w, jnp.float16)
+        if kind == "F32":
+            return jnp.asarray(w, jnp.float32)
+        return from_blocks(kind, np.asarray(encode(kind, w)))
+
+    return make
+
+
+def load(
+    model: str | Path,
+    *,
+    quantize: str | Make | None = None,
+    place: Place | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Model:
+    """Open a model with its weights packed.
+
+    Args:
+      model: a GGUF file (any shard of a split one), a folder with one, "embedded" for the small model that comes
+        with qjax, or a Hub id "owner/name" or "owner/name:file".
+      quantize: a type ("q4_0") or a function `make(name, float32 [out, in])`, applied to each float matrix while
+        loading: the whole float model is never in memory.
+      place: `place(name, array) -> array` puts each array where it shall live.
+      progress: told each tensor's name once it is loaded.
+
+    Raises:
+      QjaxError: the file cannot be found, read or understood; the message says what to do.
+    """
+    make = quantizer(quantize) if isinstance(quantize, str) else quantize
+    path = locate(model)
+    file = open_gguf(path)
+    options = {} if place is None else {"place": place}
+    params, config = load_gguf(file, make=make, progress=progress, **options)
+    return Model(params, config, file.metadata, file.metadata_types, path)
+
+
+def save(model: Model, path: str | Path) -> Path:
+    """Write a model as GGUF, atomically; packed weights go to the bytes they came from.
+
+    Raises:
+      UnsupportedError: a weight that no GGUF type holds without loss.
+    """
+    tensors, types = [], []
+    for name, array in gguf_tensors(model.params, model.config):
+        types.append(type_of(array))
+        tensors.append(TensorToWrite(name, array.shape, types[-1], functools.partial(to_blocks, array)))
+    metadata = dict(model.metadata)
+    _set_file_type(metadata, types, [tensor.shape for tensor in tensors])
+    write_gguf(path, metadata, tensors, metadata_types=model.metadata_types)
+    return Path(path)
+
+
+def convert(source: str | Path, target: str | Path, *, quantize: str | None = None) -> Path:
+    """Rewrite a GGUF file, tensor by tensor through packed arrays: the same bytes, or float matrices quantized.
+
+    One tensor is in memory at a time. A split source becomes one file.
+
+    Raises:
+      QjaxError: the source cannot be read, or `quantize` names no type with an encoder.
+    """
+    path = locate(source)
+    file = open_gguf(path)
+    make = None if quantize is None else quantizer(quantize)
+
+    def rewritten(name: str, kind: str) -> Callable[[], np.ndarray]:
+        def data() -> np.ndarray:
+            array = read_array(file, name, np.asarray, apply_scale=False)
+            if kind != file.tensors[name].type:
+                return np.asarray(encode(kind, np.asarray(array, np.float32)))
+            return to_blocks(array)
+
+        return data
+
+    tensors, types = [], []
+    for name, info in file.tensors.items():
+        kind = info.type
+        if make is not None and kind in FLOAT_TYPES and len(info.shape) == 2 and quantize is not None:
+            kind = _target_type(name, info.shape, quantize.upper())
+        elif make is not None and len(info.shape) == 2:
+            warnings.warn(
+                f"{name} is {kind} already and stays so: quantize from a float file", QjaxWarning, stacklevel=2
+            )
+        types.append(kind)
+        data = rewritten(name, kind) if kind in READABLE_TYPES else functools.partial(file.raw, name)
+        tensors.append(TensorToWrite(name, info.shape, kind, data))
+    metadata = dict(file.metadata)
+    if quantize is not None:
+        _set_file_type(metadata, types, [tensor.shape for tensor in tensors])
+    write_gguf(target, metadata, tensors, metadata_types=file.metadata_types)
+    return Path(target)
+
+
+def _target_type(name: str, shape: tuple[int, ...], kind: str) -> str:
+    if shape[-1] % GGML_TYPES[kind].block_size == 0:
+        return kind
+    block = GGML_TYPES[kind].block_size
+    warnings.warn(
+        f"{name}: rows of {shape[-1]} are not whole {kind} blocks of {block}; kept as F16", QjaxWarning, stacklevel=3
+    )
+    return "F16"
+
+
+def _set_file_type(metadata: dict[str, Any], types: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """`general.file_type` says what most weights are, where llama.cpp has a number for that."""
+    weights: dict[str, int] = {}
+    for kind, shape in zip(types, shapes, strict=True):
+        weights[kind] = weights.get(kind, 0) + int(np.prod(shape, dtype=np.int64))
+    most = max(weights, key=lambda kind: weights[kind], default="").lower()
+    if most in QUANTIZE_TYPES:
+        metadata["general.file_type"] = QUANTIZE_TYPES[most]
+        if most.startswith("q"):
+            metadata["general.quantization_version"] = 2

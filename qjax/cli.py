@@ -1,0 +1,327 @@
+"""The command line: arguments -> runs. Exit codes: 0 done, 2 bad input or usage, 1 our fault."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax import __version__
+from qjax.errors import QjaxError
+
+SHAPES = ("tinyllama-1.1b", "llama-7b", "llama-13b")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Examples keep their lines."""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return value
+
+
+MODEL_HELP = "a .gguf file, a folder with one, 'embedded', or a Hub id owner/name[:file]"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qjax", description="Open, make and run quantized LLMs with their weights still packed, in JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"qjax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, summary: str, example: str, *, model: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=_Help
+        )
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        if model:
+            sub.add_argument("model", help=MODEL_HELP)
+        return sub
+
+    def json_flag(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+
+    def compute(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--activations", choices=("float", "int8"), default="float", help="default: float")
+        sub.add_argument("--quantize", metavar="TYPE", help="quantize float matrices while loading, e.g. q8_0")
+
+    def sampling(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("-n", "--max-tokens", type=_positive, default=128, help="default: 128")
+        sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: 0.8")
+        sub.add_argument("--top-k", type=_natural, default=0, help="default: 0, all")
+        sub.add_argument("--top-p", type=float, default=1.0, help="default: 1, all")
+        sub.add_argument("--min-p", type=float, default=0.0, help="default: 0, all")
+        sub.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
+        sub.add_argument("--seed", type=_natural, default=0)
+        sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+
+    sub = command("generate", "Continue a prompt.", 'qjax generate embedded -p "def main(" -n 48 --temperature 0')
+    sub.add_argument("-p", "--prompt", help="the text to continue")
+    sub.add_argument("-f", "--file", help="read the prompt from a file ('-': standard input)")
+    sub.add_argument("--echo", action="store_true", help="print the prompt too")
+    sampling(sub), compute(sub), json_flag(sub)
+
+    sub = command("chat", "Talk with a model, by its chat template.", "qjax chat model.gguf --system 'Be brief.'")
+    sub.add_argument("--system", help="the system message")
+    sampling(sub), compute(sub)
+
+    sub = command("tokenize", "Token ids of a text.", "qjax tokenize embedded --file README.md --json")
+    sub.add_argument("-p", "--prompt", help="the text")
+    sub.add_argument("--file", help="a UTF-8 file ('-': standard input)")
+    sub.add_argument("--bos", action="store_true", help="put BOS first, if the vocabulary has one")
+    sub.add_argument("--special", action="store_true", help="read the text of control tokens as these tokens")
+    json_flag(sub)
+
+    sub = command("inspect", "Architecture, tensors, types and memory of a file.", "qjax inspect model.gguf")
+    json_flag(sub)
+
+    sub = command(
+        "perplexity", "Perplexity by llama-perplexity's method.", "qjax perplexity model.gguf --data wiki.txt"
+    )
+    sub.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text")
+    sub.add_argument("--ctx", type=_positive, default=512, help="tokens of a chunk; default: 512")
+    sub.add_argument("--chunks", type=_positive, help="only this many; default: all")
+    compute(sub), json_flag(sub)
+
+    sub = command(
+        "bench",
+        "Tokens per second and memory of a file, or of made-up weights of a known shape.",
+        "qjax bench --shape tinyllama-1.1b --type q4_k_m --pp 512 --tg 128 --repeat 5",
+        model=False,
+    )
+    sub.add_argument("model", nargs="?", help=MODEL_HELP)
+    sub.add_argument("--shape", choices=SHAPES, help="made-up packed weights of this shape")
+    sub.add_argument("--type", default="q4_0", help="type or mix of the made-up weights; default: q4_0")
+    sub.add_argument("--pp", type=_natural, default=512, help="prompt tokens; default: 512; 0 skips")
+    sub.add_argument("--tg", type=_natural, default=128, help="generated tokens; default: 128; 0 skips")
+    sub.add_argument("--threads", type=_positive, help="default: all cores")
+    sub.add_argument("--repeat", type=_positive, default=5, help="default: 5")
+    sub.add_argument("--save", metavar="FILE", help="write the made-up model as GGUF, and measure nothing")
+    compute(sub), json_flag(sub)
+
+    sub = command(
+        "convert", "Rewrite a GGUF file, or quantize a float one.", "qjax convert f16.gguf q8.gguf --type q8_0"
+    )
+    sub.add_argument("target", help="the file to write")
+    sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
+
+    sub = command("demo", "The embedded model at several types: memory, perplexity, speed.", "qjax demo", model=False)
+    sub.add_argument("--out", default="out", metavar="FOLDER", help="where the plot goes; default: out")
+    json_flag(sub)
+
+    sub = command(
+        "run", "Do what a YAML file says, e.g. train the embedded model.", "qjax run configs/embedded.yaml", model=False
+    )
+    sub.add_argument("config", help="a YAML file with a 'kind'")
+    sub.add_argument("--fresh", action="store_true", help="start anew rather than resume")
+    return parser
+
+
+def _cache_compilations() -> None:
+    """Compiled programs are kept between runs: time to first token counts.
+
+    JAX's own variable for the folder, if set, is left alone; QJAX_CACHE names another, and "off" turns it off.
+    """
+    import jax
+
+    folder = os.environ.get("QJAX_CACHE", str(Path.home() / ".cache" / "qjax"))
+    if folder == "off" or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    from qjax.runs.texts import read_text
+
+    if (args.prompt is None) == (args.file is None):
+        raise QjaxError("give the text by -p TEXT or by --file FILE, one of them")
+    return args.prompt if args.file is None else read_text(args.file)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "activations",
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+    from qjax.runs.console import console, emit_json
+
+    prompt = _prompt(args)
+    model = texts.open_model(args.model, quantize=args.quantize)
+    result = texts.generate(model, prompt, as_json=args.json, echo=args.echo, **_sampling(args))
+    if args.json:
+        emit_json(result)
+    else:
+        speed = f"{result['tokens_per_second']:.1f} tokens/s, first after {result['first_token_seconds']:.2f} s"
+        console.print(f"[{len(result['ids'])} tokens, {speed}]", style="dim", markup=False)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+
+    texts.chat(texts.open_model(args.model, quantize=args.quantize), args.system, **_sampling(args))
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    from qjax.runs.texts import tokenize
+
+    tokenize(args.model, _prompt(args), bos=args.bos, parse_special=args.special, as_json=args.json)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from qjax.runs.console import emit_json
+    from qjax.runs.inspect import inspect, show
+
+    facts = inspect(args.model)
+    emit_json(facts) if args.json else show(facts)
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+    from qjax.runs.console import emit, emit_json
+
+    text = texts.read_text(args.data)
+    model = texts.open_model(args.model, quantize=args.quantize)
+    result = texts.measure_perplexity(model, text, ctx=args.ctx, chunks=args.chunks, activations=args.activations)
+    if args.json:
+        emit_json(result)
+    else:
+        shown = f"PPL = {result['perplexity']:.4f} +/- {result['stderr']:.5f}"
+        emit(f"{shown} over {result['tokens']} tokens in {result['seconds']:.1f} s\n")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from qjax.runs.bench import bench, save, show
+    from qjax.runs.console import emit_json
+
+    if (args.model is None) == (args.shape is None):
+        raise QjaxError("give a model or --shape, one of them")
+    if args.save is not None:
+        if args.shape is None:
+            raise QjaxError("--save writes made-up weights: give --shape, or use `qjax convert` for a file")
+        save(args.shape, args.type, args.save)
+        if args.json:
+            emit_json({"path": args.save, "shape": args.shape, "type": args.type})
+        return
+    result = bench(
+        args.model,
+        shape=args.shape,
+        type_name=args.type,
+        quantize=args.quantize,
+        pp=args.pp,
+        tg=args.tg,
+        repeat=args.repeat,
+        threads=args.threads,
+        activations=args.activations,
+    )
+    emit_json(result) if args.json else show(result)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from qjax.api import convert
+    from qjax.runs.console import console
+
+    path = convert(args.model, args.target, quantize=args.type)
+    console.print(f"wrote {path}", markup=False)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from qjax.runs.console import emit_json
+    from qjax.runs.demo import demo
+
+    result = demo(Path(args.out), as_json=args.json)
+    if args.json:
+        emit_json(result)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from qjax.runs import run
+    from qjax.runs.console import console
+
+    console.print(f"made {run(args.config, resume=not args.fresh)}", markup=False)
+
+
+COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "tokenize": _tokenize,
+    "inspect": _inspect,
+    "perplexity": _perplexity,
+    "bench": _bench,
+    "convert": _convert,
+    "demo": _demo,
+    "run": _run,
+}
+# These read a file's header only; the others compile.
+NO_COMPILATION = ("tokenize", "inspect")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    print(f"qjax: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        if args.command == "bench" and args.threads is not None:
+            from qjax.evaluate.speed import limit_threads
+
+            limit_threads(args.threads)
+        if args.command not in NO_COMPILATION:
+            _cache_compilations()
+        COMMANDS[args.command](args)
+        return 0
+    except BrokenPipeError:
+        # Who reads our output has had enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("qjax: interrupted", file=sys.stderr)
+        return 130
+    except (QjaxError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"qjax: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if args.debug:
+            raise
+        name = type(error).__name__
+        print(f"qjax: internal error: {name}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

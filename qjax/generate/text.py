@@ -1,0 +1,61 @@
+"""From a prompt's text to text, piece by piece: tokenizer, engine, streaming decoder and stop strings together."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.generate.engine import generate_ids
+from qjax.generate.sampling import Sampler
+from qjax.kernels import Activations
+from qjax.models import ModelConfig
+from qjax.text import StopStrings, StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one step adds: `text`, whole characters only (it may be empty), and the token `id`, None at the end."""
+
+    text: str
+    id: int | None
+
+
+def stream_text(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampler: Sampler,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    cache_dtype: Any = jnp.float16,
+    activations: Activations = "float",
+) -> Iterator[Piece]:
+    """Continue a prompt of token ids until an end-of-generation token, a stop string, or `max_tokens`.
+
+    The stop string and the end token are not part of the text. Raises what `generate_ids` raises.
+    """
+    steps = generate_ids(
+        params,
+        config,
+        [prompt],
+        max_tokens=max_tokens,
+        sampler=sampler,
+        seed=seed,
+        cache_dtype=cache_dtype,
+        activations=activations,
+    )
+    decoder, stops = StreamDecoder(tokenizer, continuing=True), StopStrings(stop)
+    for row in steps:
+        token = int(row[0])
+        if token in tokenizer.eog_ids:
+            break
+        text, stopped = stops.push(decoder.push(token))
+        yield Piece(text, token)
+        if stopped:
+            return
+    text, stopped = stops.push(decoder.finish())
+    yield Piece(text if stopped else text + stops.finish(), None)

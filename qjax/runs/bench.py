@@ -1,0 +1,85 @@
+"""Speed and memory of a model, as llama-bench shows them."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qjax import api
+from qjax.errors import QjaxError
+from qjax.evaluate.shapes import SHAPES
+from qjax.evaluate.speed import measure
+from qjax.evaluate.synthetic import save_synthetic, synthetic_params
+from qjax.runs.console import megabytes, progress_bar, show_table
+from qjax.runs.texts import open_model
+
+
+def peak_bytes() -> int:
+    """The most resident memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open(model: str | None, shape: str | None, type_name: str, quantize: str | None) -> tuple[str, api.Model]:
+    if model is not None:
+        opened = open_model(model, quantize=quantize)
+        return str(opened.config.arch), opened
+    if shape not in SHAPES:
+        raise QjaxError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+    config = SHAPES[shape]
+    with progress_bar(f"making {shape} {type_name}") as advance:
+        params = synthetic_params(config, type_name, place=lambda _, array: (advance(), array)[1])
+    return f"{shape} {type_name}", api.Model(params, config, {}, {}, Path(shape))
+
+
+def bench(
+    model: str | None,
+    *,
+    shape: str | None = None,
+    type_name: str = "q4_0",
+    quantize: str | None = None,
+    pp: int = 512,
+    tg: int = 128,
+    repeat: int = 5,
+    threads: int | None = None,
+    activations: Any = "float",
+) -> dict[str, Any]:
+    """Prompt and generation speed of a file, or of made-up weights of a known shape."""
+    start = time.perf_counter()
+    name, opened = _open(model, shape, type_name, quantize)
+    jax.block_until_ready(opened.params)
+    load_seconds = time.perf_counter() - start
+    rows = measure(opened.params, opened.config, pp=pp, tg=tg, repeat=repeat, activations=activations)
+    size = opened.memory
+    return {
+        "model": name,
+        "bytes": size.nbytes,
+        "parameters": size.parameters,
+        "bits_per_weight": size.bits_per_weight,
+        "backend": jax.default_backend(),
+        "threads": threads,
+        "activations": activations,
+        "rows": [row._asdict() for row in rows],
+        "load_seconds": load_seconds,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def save(shape: str, type_name: str, path: str) -> None:
+    """Write made-up weights as GGUF, so that another program can be measured on the same file."""
+    save_synthetic(path, shape, type_name)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The result as llama-bench's table."""
+    lead = (
+        result["model"],
+        megabytes(result["bytes"]),
+        f"{result['parameters'] / 1e6:.2f} M",
+        f"{result['backend']}, {result['activations']} x",
+    )
+    rows = [(*lead, row["test"], f"{row['tokens_per_second']:.2f} ± {row['std']:.2f}") for row in result["rows"]]
+    show_table("", ["model", "size", "params", "backend", "test", "t/s"], rows)
+    facts = f"loaded in {result['load_seconds']:.1f} s, peak memory {megabytes(result['peak_bytes'])}"
+    show_table("", ["memory"], [(facts,)])

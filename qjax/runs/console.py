@@ -1,0 +1,69 @@
+"""What all commands say and how: JSON on stdout, everything else on stderr, tables and progress bars."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Tables wider than the terminal would be cut; a pipe has no width of its own.
+console = Console(stderr=True)
+
+
+def emit_json(result: dict[str, Any]) -> None:
+    """The one JSON object of a `--json` run."""
+    json.dump(result, sys.stdout, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def emit(text: str, end: str = "") -> None:
+    """Result text, at once."""
+    # A terminal that cannot show a character shows its escape rather than ending the run.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
+    sys.stdout.flush()
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is to the left, numbers are to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr that goes away when done; gives `advance(done=None, total=None, note="")`.
+
+    Without a terminal, nothing is drawn.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total, note="")
+
+        def advance(done: int | None = None, total: int | None = None, note: str = "") -> None:
+            if done is None:
+                progress.update(task, advance=1, note=note, total=total)
+            else:
+                progress.update(task, completed=done, note=note, total=total)
+
+        yield advance
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MiB or GiB, in the way of llama-bench."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,121 @@
+"""The commands on text: generate, chat, tokenize, perplexity."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax import api
+from qjax.errors import QjaxError
+from qjax.evaluate import perplexity
+from qjax.runs.console import console, emit, emit_json, progress_bar
+
+
+def read_text(path: str | Path) -> str:
+    """A text file as UTF-8; "-" is standard input.
+
+    Raises:
+      QjaxError: no such file, or not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise QjaxError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise QjaxError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+def open_model(name: str, **options: Any) -> api.Model:
+    """`api.load` with a progress bar."""
+    with progress_bar(f"loading {name}") as advance:
+        return api.load(name, progress=lambda _: advance(), **options)
+
+
+def generate(model: api.Model, prompt: str, *, as_json: bool, echo: bool, **options: Any) -> dict[str, Any]:
+    """Stream a continuation to stdout (or nothing, for JSON); give text, ids and speed."""
+    ids = model.encode(prompt)
+    start = time.perf_counter()
+    first, made, pieces = 0.0, [], []
+    if echo and not as_json:
+        emit(prompt)
+    for piece in model.stream(ids, **options):
+        first = first or time.perf_counter()
+        pieces.append(piece.text)
+        if piece.id is not None:
+            made.append(piece.id)
+        if not as_json:
+            emit(piece.text)
+    end = time.perf_counter()
+    if not as_json:
+        emit("\n")
+    # Of decoding alone: the first token belongs to the prompt's run.
+    rate = (len(made) - 1) / (end - first) if len(made) > 1 else 0.0
+    return {
+        "text": "".join(pieces),
+        "ids": made,
+        "prompt_tokens": len(ids),
+        "seconds": end - start,
+        "tokens_per_second": rate,
+        "first_token_seconds": first - start if first else 0.0,
+    }
+
+
+def chat(model: api.Model, system: str | None, **options: Any) -> None:
+    """Talk on the terminal until end of input."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    console.print("Type a message; an empty line or Ctrl-D ends.", style="dim")
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        answer = []
+        for text in model.chat(messages, **options):
+            emit(text)
+            answer.append(text)
+        emit("\n")
+        messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def _lines() -> Any:
+    while True:
+        if sys.stdin.isatty():
+            console.print("> ", end="", style="bold")
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.rstrip("\n")
+
+
+def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: bool) -> None:
+    """Ids of a text and the text decoded back; weights are not loaded."""
+    from qjax.formats.gguf import open_gguf
+    from qjax.formats.locate import locate
+    from qjax.text import Tokenizer
+
+    tokenizer = Tokenizer.from_gguf(open_gguf(locate(model)).metadata)
+    ids = tokenizer.encode(text, add_bos=bos, parse_special=parse_special)
+    decoded = tokenizer.decode(ids, skip_special=False) if not bos else tokenizer.decode(ids)
+    if as_json:
+        emit_json({"ids": ids, "text": decoded})
+    else:
+        emit(" ".join(map(str, ids)), end="\n")
+
+
+def measure_perplexity(
+    model: api.Model, text: str, *, ctx: int, chunks: int | None, activations: Any = "float"
+) -> dict[str, Any]:
+    """Perplexity of a text, with a bar that shows it so far."""
+    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    ids: Sequence[int] = model.encode(text)
+    with progress_bar("perplexity") as advance:
+        result = perplexity(
+            model.params,
+            model.config,
+            ids,
+            n_ctx=ctx,
+            bos_id=bos,
+            chunks=chunks,
+            activations=activations,
+            progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
+        )
+    return result._asdict()
