@@ -41,9 +41,7 @@ def load_tree(path: Path, like: Any) -> Any:
     for name, (_, leaf) in zip(names, leaves, strict=True):
         found, expected = arrays[name], (leaf.shape, leaf.dtype)
         if (found.shape, found.dtype) != expected:
-            raise FormatError(
-                f"{path}: {name}: expected {expected}, got {(found.shape, found.dtype)}; delete it"
-            )
+            raise FormatError(f"{path}: {name}: expected {expected}, got {(found.shape, found.dtype)}; delete it")
     return jax.tree_util.tree_unflatten(treedef, [jax.numpy.asarray(arrays[name]) for name in names])
 
 
@@ -52,6 +50,4 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise FormatError(
-            f"{path}: not a checkpoint of this run ({error}); delete it to start afresh"
-        ) from error
+        raise FormatError(f"{path}: not a checkpoint of this run ({error}); delete it to start afresh") from error

@@ -52,17 +52,13 @@ class ShapeConfig:
     def __post_init__(self) -> None:
         _refuse_below_one(self, "model")
         if not 258 <= self.vocab_size <= 65536:
-            raise QjaxError(
-                f"model.vocab_size: expected 258 (bytes, BOS, EOS) to 65536, got {self.vocab_size}"
-            )
+            raise QjaxError(f"model.vocab_size: expected 258 (bytes, BOS, EOS) to 65536, got {self.vocab_size}")
         if self.n_heads % self.n_kv_heads:
-            raise QjaxError(
-                f"model.n_heads: expected a multiple of n_kv_heads {self.n_kv_heads}, got {self.n_heads}"
-            )
+            raise QjaxError(f"model.n_heads: expected a multiple of n_kv_heads {self.n_kv_heads}, got {self.n_heads}")
+        if self.context_length < 8 or self.context_length % 2:
+            raise QjaxError(f"model.context_length: expected an even number from 8, got {self.context_length}")
         if self.head_dim % 2:
-            raise QjaxError(
-                f"model.head_dim: expected an even number (rope turns pairs), got {self.head_dim}"
-            )
+            raise QjaxError(f"model.head_dim: expected an even number (rope turns pairs), got {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +78,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _refuse_below_one(self, "optimizer")
         if self.warmup_steps >= self.steps:
-            raise QjaxError(
-                f"optimizer.warmup_steps: expected fewer than steps {self.steps}, got {self.warmup_steps}"
-            )
+            raise QjaxError(f"optimizer.warmup_steps: expected fewer than steps {self.steps}, got {self.warmup_steps}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ seed: 3
 folder: work
 output: toy.gguf
 corpus: {folder: texts, held_out: [b.py]}
-model: {vocab_size: 300, hidden_size: 32, n_layers: 2, n_heads: 2, n_kv_heads: 1, head_dim: 16, ffn_size: 48,
+model: {vocab_size: 300, hidden_size: 32, n_layers: 1, n_heads: 2, n_kv_heads: 1, head_dim: 16, ffn_size: 48,
         context_length: 32}
 optimizer: {steps: 3, batch_size: 2, learning_rate: 1.0e-2, warmup_steps: 1}
 evaluate_every: 2

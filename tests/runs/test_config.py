@@ -49,6 +49,7 @@ def changed(path: Path, **changes: object) -> Path:
         ({"kind": "bake"}, r"kind: expected one of \['train'\], got 'bake'"),
         ({"kind": ...}, "kind: expected one of"),
         ({"model__n_kv_heads": 4}, "n_heads: expected a multiple"),
+        ({"model__context_length": 31}, "context_length: expected an even number"),
         ({"model__head_dim": 15}, "head_dim: expected an even number"),
         ({"model__vocab_size": 100}, "vocab_size: expected 258"),
         ({"optimizer__steps": 0}, "optimizer.steps: expected at least 1, got 0"),
