@@ -20,7 +20,7 @@ from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, load_gguf
-from qjax.models.load import Make, Place, gguf_tensors, read_array
+from qjax.models.load import Make, Place, gguf_tensors, read_array, warn_kept
 from qjax.quantizers.ggml_legacy import encode
 from qjax.text import Tokenizer, chat_prompt
 
@@ -134,17 +134,9 @@ def quantizer(type_name: str) -> Make:
     kind = type_name.upper()
 
     def make(name: str, w: Any) -> QuantizedArray | Any:
-        block = GGML_TYPES[kind].block_size
-        if w.shape[-1] % block:
-            warnings.warn(
-                f"{name}: rows of {w.shape[-1]} are not whole {kind} blocks of {block}; kept as float16",
-                QjaxWarning,
-                stacklevel=2,
-            )
-            return jnp.asarray(w, jnp.float16)
-        if kind == "F32":
-            return jnp.asarray(w, jnp.float32)
-        return from_blocks(kind, np.asarray(encode(kind, w)))
+        check_finite(name, w)
+        fitting = _target_type(name, w.shape, kind)
+        return from_blocks(fitting, np.asarray(_encoded(fitting, w)))
 
     return make
 
@@ -209,7 +201,9 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
         def data() -> np.ndarray:
             array = read_array(file, name, np.asarray, apply_scale=False)
             if kind != file.tensors[name].type:
-                return np.asarray(encode(kind, np.asarray(array, np.float32)))
+                w = np.asarray(array, np.float32)
+                check_finite(name, w)
+                return np.asarray(_encoded(kind, w))
             return to_blocks(array)
 
         return data
@@ -231,6 +225,11 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
         _set_file_type(metadata, types, [tensor.shape for tensor in tensors])
     write_gguf(target, metadata, tensors, metadata_types=file.metadata_types)
     return Path(target)
+
+
+def _encoded(kind: str, w: Any) -> Any:
+    """Bytes of float32 [out, in] in a type of QUANTIZE_TYPES."""
+    return np.asarray(w, np.float32).view(np.uint8) if kind == "F32" else encode(kind, jnp.asarray(w, jnp.float32))
 
 
 def _target_type(name: str, shape: tuple[int, ...], kind: str) -> str:

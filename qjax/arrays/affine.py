@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from qjax.arrays.base import GroupedArray
 from qjax.arrays.floats import f16_to_f32
@@ -59,7 +59,7 @@ class AffineArray(GroupedArray):
     def column_unit(self) -> int:
         return int(np.lcm.reduce([self.group_size, *(plane.chunk for plane in self.layout)]))
 
-    def codes(self) -> Int[Array, "... out in"]:
+    def codes(self) -> Integer[Array, "... out in"]:
         codes = unpack(self.planes, self.layout)
         if self.bits == 8:
             return lax.bitcast_convert_type(codes, jnp.int8) if self.offset == 128 else codes

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 
 class QuantizedArray(abc.ABC):
@@ -60,7 +60,7 @@ class QuantizedArray(abc.ABC):
         """`f` on every leaf; f must treat axis -2 as rows and keep the last axis."""
         return jax.tree.map(f, self)
 
-    def take(self, rows: Int[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "... in"]:
+    def take(self, rows: Integer[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "... in"]:
         """Dequantize the chosen rows of a 2-D array, and only these."""
         if self.ndim != 2:
             raise ValueError(f"expected a 2-D array to take rows from, got shape {self.shape}")
@@ -86,7 +86,7 @@ class GroupedArray(QuantizedArray):
     """
 
     @abc.abstractmethod
-    def codes(self) -> Int[Array, "... out in"]:
+    def codes(self) -> Integer[Array, "... out in"]:
         """The codes' values: small signed integers (int8), or uint8 where they need all 8 bits."""
 
     @abc.abstractmethod

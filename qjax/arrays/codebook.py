@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from qjax.arrays.affine import widen
 from qjax.arrays.base import GroupedArray
@@ -54,7 +54,7 @@ class CodebookArray(GroupedArray):
     def column_unit(self) -> int:
         return SUPER_BLOCK if self.scale_kind == "two_level" else self.group_size
 
-    def codes(self) -> Int[Array, "... out in"]:
+    def codes(self) -> Integer[Array, "... out in"]:
         index = unpack(self.planes, self.layout)
         return jnp.asarray(self.table, jnp.int8)[index]
 

@@ -91,14 +91,20 @@ def _split(magnitude: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mantissa, exponent
 
 
-def _join(mantissa: jax.Array, exponent: jax.Array, remainder: jax.Array | None = None) -> jax.Array:
+def _join(
+    mantissa: jax.Array, exponent: jax.Array, remainder: jax.Array | None = None, excess: jax.Array | None = None
+) -> jax.Array:
     """Bits of mantissa * 2^(exponent - 150), mantissa in [2^23, 2^24), to nearest even where subnormal.
 
-    `remainder` tells on which side of the mantissa the true number lies (its sign), which decides what would
-    else be a tie.
+    `excess` is the number of bits that the mantissa is wider than 24, to be rounded away first (the exponent is
+    that of its highest 24 bits). `remainder` tells on which side of the mantissa the true number lies (its
+    sign), which decides what would else be a tie.
     """
     # Beyond 25 places nothing is left to round up; shifts by 32 and more are undefined.
-    places = jnp.clip(np.int32(1) - exponent, 0, 25).astype(_U32)
+    places = jnp.clip(np.int32(1) - exponent, 0, 25)
+    if excess is not None:
+        places = jnp.minimum(places + excess, 31)
+    places = places.astype(_U32)
     kept = mantissa >> places
     dropped = mantissa - (kept << places)
     half = (np.uint32(1) << places) >> np.uint32(1)
@@ -142,6 +148,25 @@ def reciprocal(x: Float32[Array | np.ndarray, "*s"]) -> Float32[Array, "*s"]:
     inverse = _join(q_mantissa, q_field + np.int32(127) - field, error)
     inverse = jnp.where(magnitude == np.uint32(0), _INF, jnp.where(magnitude == _INF, np.uint32(0), inverse))
     return from_bits((bits & _SIGN) | jnp.where(magnitude > _INF, magnitude, inverse))
+
+
+def divide_by_integer(x: Float32[Array | np.ndarray, "*s"], divisor: int) -> Float32[Array, "*s"]:
+    """x / divisor, 1 to 127, as IEEE rounds it, subnormals included.
+
+    XLA turns a division by a constant into a multiplication by its rounded inverse, which is another number; and
+    rounding to 24 bits before rounding to a subnormal would round twice. An integer division does neither.
+    """
+    bits = bits_of(x)
+    magnitude = bits & _MAGNITUDE
+    mantissa, field = _split(magnitude)
+    widened = mantissa << np.uint32(8)
+    quotient = widened // np.uint32(divisor)
+    remainder = (widened - quotient * np.uint32(divisor)).astype(jnp.int32)
+    # 25 to 32 bits are left: all but the highest 24 are rounded away, together with what a subnormal drops.
+    excess = (np.uint32(8) - lax.clz(quotient)).astype(jnp.int32)
+    divided = _join(quotient, field - np.int32(8) + excess, remainder, excess)
+    unmoved = (magnitude == np.uint32(0)) | (magnitude >= _INF)
+    return from_bits((bits & _SIGN) | jnp.where(unmoved, magnitude, divided))
 
 
 def f32_to_f16_bits(x: Float32[Array | np.ndarray, "*s"]) -> UInt16[Array, "*s"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax.arrays.affine import widen
 from qjax.arrays.base import GroupedArray
@@ -18,7 +18,7 @@ from qjax.arrays.planes import Layout, Plane, layout_bits, unpack
 
 SUPER_BLOCK = 256
 
-SubScales = tuple[Int[Array, "... n"], Int[Array, "... n"] | None]
+SubScales = tuple[Integer[Array, "... n"], Integer[Array, "... n"] | None]
 
 
 def _nibbles_with_minimum(packed: UInt8[Array, "... 16"]) -> SubScales:
@@ -85,7 +85,7 @@ def unpack_sub_scales(packed: UInt8[Array, "... nbytes"], packing: str) -> SubSc
     return kind.unpack(packed.reshape(*lead, nbytes // kind.nbytes, kind.nbytes))
 
 
-def expand(super_scale: Float[Array, "... sb"], sub: Int[Array, "... sb n"]) -> Float[Array, "... groups"]:
+def expand(super_scale: Float[Array, "... sb"], sub: Integer[Array, "... sb n"]) -> Float[Array, "... groups"]:
     """float32 scale of each group: super-scale times integer scale (exact: at most 19 bits)."""
     *lead, blocks, count = sub.shape
     return (widen(super_scale)[..., None] * sub.astype(jnp.float32)).reshape(*lead, blocks * count)
@@ -133,7 +133,7 @@ class TwoLevelArray(GroupedArray):
     def column_unit(self) -> int:
         return SUPER_BLOCK
 
-    def codes(self) -> Int[Array, "... out in"]:
+    def codes(self) -> Integer[Array, "... out in"]:
         return unpack(self.planes, self.layout).astype(jnp.int8) - np.int8(self.offset)
 
     def scales(self) -> Float[Array, "... out groups"]:

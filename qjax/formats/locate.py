@@ -63,7 +63,8 @@ def fetch(repo: str, file: str | None) -> Path:
         many = _FIRST_OF_MANY.search(chosen)
         stem = chosen[: many.start()] if many else chosen
         shards = [n for n in names if many and n.startswith(stem) and _FIRST_OF_MANY.search(n)] or [chosen]
-        return [Path(hf_hub_download(repo, name)) for name in sorted(shards)][0]
+        paths = [Path(hf_hub_download(repo, name)) for name in sorted(shards)]
+        return paths[0]
     except QjaxError:
         raise
     except Exception as error:  # its errors come from several HTTP libraries, by version

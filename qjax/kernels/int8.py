@@ -9,7 +9,7 @@ of the output's largest value), so it is a named choice: `activations="int8"`.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from qjax.arrays import GroupedArray
 from qjax.kernels.tiles import matmul_tiles
@@ -17,7 +17,7 @@ from qjax.kernels.tiles import matmul_tiles
 
 def quantize_activations(
     x: Float[Array, "rows in"], group_size: int
-) -> tuple[Int[Array, "rows groups group"], Float[Array, "rows groups"]]:
+) -> tuple[Integer[Array, "rows groups group"], Float[Array, "rows groups"]]:
     """Symmetric int8 of x by groups of columns: the largest magnitude of a group becomes 127."""
     grouped = x.reshape(x.shape[0], -1, group_size)
     scale = jnp.max(jnp.abs(grouped), axis=-1) / 127
@@ -32,7 +32,7 @@ def matmul_int8_few(x: Float[Array, "rows in"], weight: GroupedArray) -> Float[A
     codes = weight.codes().reshape(out, columns // weight.group_size, weight.group_size).astype(jnp.int32)
     scales, minimums = weight.scales(), weight.minimums()
 
-    def row(q: Int[Array, "groups group"], s: Float[Array, " groups"]) -> Float[Array, " out"]:
+    def row(q: Integer[Array, "groups group"], s: Float[Array, " groups"]) -> Float[Array, " out"]:
         wide = q.astype(jnp.int32)
         dots = jnp.sum(codes * wide[None], axis=-1).astype(jnp.float32)
         y = (dots * scales) @ s

@@ -1,5 +1,6 @@
 """From a GGUF file to params, tensor by tensor: never more than one tensor beside the packed model."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,9 +21,14 @@ Place = Callable[[str, Any], Any]
 TOP = {"token_embd.weight": "token_embd", "output.weight": "output", "output_norm.weight": "output_norm"}
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 NORMS = ("attn_norm", "ffn_norm")
-OPTIONAL_NORMS = ("attn_q_norm", "attn_k_norm")
+QK_NORMS = ("attn_q_norm", "attn_k_norm")
 # Derived at load, or of no use to a float computation.
 IGNORED_SUFFIXES = (".attn_rot_embd", ".rope_freqs.weight", ".attn_rot_embd.weight", ".input_scale")
+
+
+def layer_weights(config: ModelConfig) -> tuple[str, ...]:
+    """What every layer has one `.weight` of."""
+    return (*MATRICES, *NORMS, *(QK_NORMS if config.qk_norm else ()))
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -50,7 +56,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"blk.{i}.{name}.bias"] = shape[:1]
         for name in NORMS:
             shapes[f"blk.{i}.{name}.weight"] = (hidden,)
-        for name in OPTIONAL_NORMS:
+        for name in QK_NORMS if config.qk_norm else ():
             shapes[f"blk.{i}.{name}.weight"] = (config.head_dim,)
     return shapes
 
@@ -62,12 +68,12 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
       FormatError: a tensor is missing or has another shape.
       UnsupportedError: tensors of a variant that is not known: leaving them out would compute something else.
     """
-    shapes = expected_shapes(config)
-    needed = ["token_embd.weight", "output_norm.weight"]
-    needed += [f"blk.{i}.{name}.weight" for i in range(config.layers) for name in (*MATRICES, *NORMS)]
-    for name in needed:
+    in_layers = (f"blk.{i}.{name}.weight" for i in range(config.layers) for name in layer_weights(config))
+    # One name at a time: the number of layers is only what the header claims.
+    for name in itertools.chain(["token_embd.weight", "output_norm.weight"], in_layers):
         if name not in file.tensors:
             raise FormatError(f"{file.path}: tensor {name!r} is missing; the file is incomplete")
+    shapes = expected_shapes(config)
     for name, info in file.tensors.items():
         if name in shapes:
             if info.shape != shapes[name]:
@@ -128,6 +134,11 @@ def _keep(_: str, array: Any) -> Any:
     return array
 
 
+def warn_kept(name: str, kind: str) -> None:
+    """Say that a packed tensor is not quantized anew."""
+    warnings.warn(f"{name} is {kind} already and stays so: quantize from a float file", QjaxWarning, stacklevel=3)
+
+
 def load_gguf(
     file: GGUFFile,
     *,
@@ -157,19 +168,13 @@ def load_gguf(
         if make is not None and not isinstance(array, QuantizedArray) and array.ndim == 2:
             array = make(name, array.astype(np.float32))
         elif make is not None and isinstance(array, QuantizedArray):
-            kept = file.tensors[name].type
-            warnings.warn(
-                f"{name} is {kept} already and stays so: quantize from a float file",
-                QjaxWarning,
-                stacklevel=3,
-            )
+            warn_kept(name, file.tensors[name].type)
         array = place(name, array)
         progress(name)
         return array
 
     def layer(i: int) -> dict[str, Any]:
-        names = [*MATRICES, *NORMS, *(n for n in OPTIONAL_NORMS if f"blk.{i}.{n}.weight" in file.tensors)]
-        p = {name: get(f"blk.{i}.{name}.weight") for name in names}
+        p = {name: get(f"blk.{i}.{name}.weight") for name in layer_weights(config)}
         for name in MATRICES:
             if f"blk.{i}.{name}.bias" in file.tensors:
                 p[f"{name}_bias"] = get(f"blk.{i}.{name}.bias")
