@@ -12,16 +12,18 @@ class Arch:
     """What an architecture's name alone decides.
 
     rope_interleaved: rotary pairs are (2i, 2i+1), else (i, i + half).
+    qk_norm: queries and keys are normed, head by head, before they are turned.
     """
 
     rope_interleaved: bool
+    qk_norm: bool = False
 
 
 # Llama covers Llama 1 to 3, TinyLlama, Mistral, SmolLM and everything else that converts to it.
 ARCHS: dict[str, Arch] = {
     "llama": Arch(rope_interleaved=True),
     "qwen2": Arch(rope_interleaved=False),
-    "qwen3": Arch(rope_interleaved=False),
+    "qwen3": Arch(rope_interleaved=False, qk_norm=True),
 }
 
 
@@ -29,7 +31,7 @@ ARCHS: dict[str, Arch] = {
 class ModelConfig:
     """A decoder's sizes; hashable, so that it can be a static argument of a jitted function.
 
-    Biases, q/k norms and an output matrix are there where the params have them: they are no switches here.
+    Biases and an output matrix are there where the params have them: they are no switches here.
     """
 
     arch: str
@@ -50,6 +52,10 @@ class ModelConfig:
     @property
     def rope_interleaved(self) -> bool:
         return ARCHS[self.arch].rope_interleaved
+
+    @property
+    def qk_norm(self) -> bool:
+        return ARCHS[self.arch].qk_norm
 
 
 _REQUIRED = object()
@@ -114,10 +120,13 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     rope_dim = read.count("rope.dimension_count", head_dim)
     if rope_dim > head_dim or rope_dim % 2:
         raise FormatError(f"rotary dimension {rope_dim} does not fit heads of {head_dim}")
-    scaling = read.get("rope.scaling.type", str, "none")
+    # As llama.cpp has it: linear where only a factor is named (once under another key), a factor of 0 meaning none.
+    scaling = read.get("rope.scaling.type", str, "linear")
     if scaling not in ("none", "linear"):
         raise UnsupportedError(f"{arch}: rope scaling {scaling!r} is not known; known are none, linear, llama3")
-    factor = read.get("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
+    factor = read.get("rope.scaling.factor", float, read.get("rope.scale_linear", float, 1.0)) or 1.0
+    if scaling == "none":
+        factor = 1.0
     eps, theta = read.get("attention.layer_norm_rms_epsilon", float), read.get("rope.freq_base", float, 1e4)
     if not (eps >= 0 and theta > 0 and factor > 0):
         raise FormatError(f"{arch}: norm epsilon {eps}, rope base {theta}, rope factor {factor} make no sense")

@@ -56,7 +56,7 @@ def layer(
     q = _project(h, p, "attn_q", activations).reshape(batch, seq, config.heads, config.head_dim)
     k = _project(h, p, "attn_k", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
     v = _project(h, p, "attn_v", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
-    if "attn_q_norm" in p:
+    if config.qk_norm:
         q, k = rms_norm(q, p["attn_q_norm"], config.norm_eps), rms_norm(k, p["attn_k_norm"], config.norm_eps)
     turn = partial(
         rope,

@@ -20,7 +20,7 @@ from qjax.arrays.planes import Plane, pack_plane, unpack_plane
 from qjax.errors import UnsupportedError
 from qjax.formats.gguf.types import GGML_TYPES
 
-Bytes = UInt8[np.ndarray, "... rows nbytes"]
+Bytes = UInt8[np.ndarray, "... nbytes"]
 
 # A row's upper bits of Q5_0 and Q5_1: bit j of a little-endian uint32 is code j, in the file; strided in memory.
 FILE_BITS, MEMORY_BITS = Plane(1, 1), Plane(1, 4)
