@@ -1,7 +1,7 @@
 """Sampling strategies: small frozen dataclasses, each a pure function on logits; chained in llama.cpp's order."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ Seen = Bool[Array, "batch vocab"]
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """Changes logits [batch, vocab]; -inf rules a token out. `seen` marks the tokens of prompt and output so far."""
 
