@@ -15,9 +15,9 @@ ALL8 = np.arange(256, dtype=np.uint8)
 ALL16 = np.arange(65536, dtype=np.uint32).astype(np.uint16)
 
 
-def same_bits(got: jax.Array, want: np.ndarray) -> None:
+def same_bits(array: jax.Array, want: np.ndarray) -> None:
     """Equal bit for bit, -0.0 and subnormals included; where one has a NaN the other has one."""
-    got = np.asarray(got)
+    got = np.asarray(array)
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     nan = np.isnan(want)
@@ -33,12 +33,7 @@ def float32_corners(count: int = 400_000) -> np.ndarray:
     halves = np.arange(0, 0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
     ties = ((halves[:-1].astype(np.float64) + halves[1:].clip(max=65536)) / 2).astype(np.float32)
     centres = np.concatenate([powers, halves.view(np.uint32), ties.view(np.uint32)])
-    near = (
-        (centres[:, None] + np.arange(-3, 4, dtype=np.int64)[None])
-        .clip(0, 2**32 - 1)
-        .astype(np.uint32)
-        .ravel()
-    )
+    near = (centres[:, None] + np.arange(-3, 4, dtype=np.int64)[None]).clip(0, 2**32 - 1).astype(np.uint32).ravel()
     small = np.arange(0, 2000, dtype=np.uint32)
     bits = np.concatenate([random, near, small])
     return np.concatenate([bits, bits ^ np.uint32(1 << 31)]).view(np.float32)
@@ -114,6 +109,14 @@ def test_reciprocal_decides_near_ties_by_the_true_quotient(run):
     with np.errstate(all="ignore"):
         want = np.float32(1) / divisors
     same_bits(run(floats.reciprocal)(divisors), want)
+
+
+@pytest.mark.parametrize("divisor", [1, 7, 15, 31, 127])
+def test_division_by_an_integer_is_correctly_rounded(divisor):
+    x = float32_corners(100_000)
+    with np.errstate(invalid="ignore"):
+        want = x / np.float32(divisor)
+    same_bits(jax.jit(floats.divide_by_integer, static_argnums=1)(x, divisor), want)
 
 
 def test_f32_to_f16(run):
