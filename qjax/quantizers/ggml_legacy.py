@@ -12,11 +12,11 @@ Equality to the last bit takes three things that XLA does not give by itself:
   multiplication and the addition.
 - Division by a constant, which XLA replaces by a multiplication: divided by integers instead.
 
-Where the inverse of a scale overflows (a block whose largest magnitude is below about 1e-37), numpy casts
-infinities to integers, which C leaves open: the codes are those that it gets on x86, code 0. The scale is stored
-as float16 and is zero there. So does an MXFP4 exponent below zero wrap. One thing is numpy's alone: the sign of a
-minimum that is zero, in a block with zeros of both signs and no negative number, follows its SIMD order; here it
-is the last zero's, as numpy mostly has it.
+Where numpy casts to an integer what does not fit, which C leaves open, the codes are those that it gets on x86: 0
+where the inverse of a scale overflows (a block of numbers below about 4e-37, whose float16 scale is zero anyway),
+and an MXFP4 exponent below zero taken modulo 256. One thing is numpy's alone: the sign of a minimum that is zero,
+in a block with zeros of both signs and no negative number, follows its SIMD order; here it is the last zero's, as
+numpy mostly has it.
 """
 
 import functools
