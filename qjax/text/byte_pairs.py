@@ -12,6 +12,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from qjax.text.pretokenizers import PreTokenizer
 
 _NEWLINES = re.compile(r"(\n+)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -23,6 +24,15 @@ def _byte_alphabet() -> dict[int, str]:
 
 BYTE_TO_LETTER = _byte_alphabet()
 LETTER_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_LETTER.items()}
+_TO_LATIN_1 = str.maketrans({letter: chr(byte) for letter, byte in LETTER_TO_BYTE.items()})
+
+
+def letters_to_bytes(text: str) -> bytes:
+    """The bytes that a token of the byte alphabet stands for; other letters stand for their own UTF-8."""
+    if all(letter in LETTER_TO_BYTE for letter in text):
+        return text.translate(_TO_LATIN_1).encode("latin-1")
+    pieces = [bytes([LETTER_TO_BYTE[c]]) if c in LETTER_TO_BYTE else c.encode("utf-8", "surrogateescape") for c in text]
+    return b"".join(pieces)
 
 
 class BytePairEncoder:
@@ -32,7 +42,8 @@ class BytePairEncoder:
         self, token_ids: Mapping[str, int], merges: Sequence[tuple[str, str]], pre: PreTokenizer, n_tokens: int
     ) -> None:
         """Args: the tokens, the merges in order, how words are cut, and the number of ids."""
-        ids = {text: i for text, i in token_ids.items() if text.isascii() or not _has_surrogate(text)}
+        # Tokens that are no UTF-8 (lone surrogates here) are never made from text.
+        ids = {text: i for text, i in token_ids.items() if not _SURROGATE.search(text)}
         # A byte without token is dropped after merging, not before: till then it keeps its neighbours apart.
         stand_ins = [letter for letter in LETTER_TO_BYTE if pre.byte_level and letter not in ids]
         ids |= {letter: n_tokens + n for n, letter in enumerate(stand_ins)}
@@ -65,7 +76,3 @@ class BytePairEncoder:
     def _encode(self, text: str) -> list[int]:
         ids = self._bpe.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i < self._n_tokens]
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from qjax.errors import QjaxError
-from qjax.text.byte_pairs import LETTER_TO_BYTE, BytePairEncoder
+from qjax.text.byte_pairs import BytePairEncoder, letters_to_bytes
 from qjax.text.sentencepiece import SentencePieceEncoder
 from qjax.text.special_tokens import TokenType
 from qjax.text.vocabulary import Vocabulary, read_vocabulary
 
 _BLANK = "\u2581"
 _C_SPACE = " \t\n\v\f\r"
-_SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
+_CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
+_APART = (*_CONTROL, TokenType.USER_DEFINED)
 
 
 class Tokenizer:
@@ -44,15 +45,14 @@ class Tokenizer:
         token_ids = vocabulary.token_ids
         if vocabulary.pre is None:
             # Text never becomes a control token, not even by merging up to one.
-            text_ids = {text: i for text, i in token_ids.items() if types[i] not in _SPECIAL}
+            text_ids = {text: i for text, i in token_ids.items() if types[i] not in _CONTROL}
             self._encoder = SentencePieceEncoder(text_ids, vocabulary.scores, vocabulary.unk_id)
             self._escape = True
         else:
             self._encoder = BytePairEncoder(token_ids, vocabulary.merges, vocabulary.pre, len(tokens))
             self._escape = not vocabulary.pre.byte_level
-        special = (*_SPECIAL, TokenType.USER_DEFINED)
         self._special = sorted(
-            (i for i, kind in enumerate(types) if kind in special),
+            (i for i, kind in enumerate(types) if kind in _APART),
             key=lambda i: len(tokens[i].encode("utf-8", "surrogateescape")),
             reverse=True,
         )
@@ -107,29 +107,23 @@ class Tokenizer:
         Raises:
             QjaxError: an id outside the vocabulary.
         """
-        return self.decode_bytes(ids, skip_special, continuing=continuing).decode("utf-8", "replace")
-
-    def decode_bytes(
-        self, ids: Iterable[SupportsIndex], skip_special: bool = True, *, continuing: bool = False
-    ) -> bytes:
-        """What `decode` gives, as the bytes that the tokens stand for."""
-        pieces = []
-        after_special = not continuing
+        pieces, fresh = [], not continuing
         for i in map(operator.index, ids):
-            piece = self.piece(i, skip_special)
-            special = self.is_special(i)
-            if after_special and not special and self.vocabulary.add_space_prefix:
-                piece = piece.removeprefix(b" ")
-            pieces.append(piece)
-            after_special = special
-        return b"".join(pieces)
+            pieces.append(self.piece(i, skip_special, fresh=fresh))
+            fresh = self.is_special(i)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def is_special(self, i: int) -> bool:
-        """Whether a token is control, unknown or user-defined: one that `encode` never makes by merging."""
-        return self.vocabulary.types[i] in (*_SPECIAL, TokenType.USER_DEFINED)
+        """Whether a token is control, unknown or user-defined: text after it starts afresh."""
+        return self.vocabulary.types[i] in _APART
 
-    def piece(self, i: int, skip_special: bool = True) -> bytes:
-        """The bytes of one token, blanks unescaped; none for unused ones, and for control ones if skipped.
+    def piece(self, i: int, skip_special: bool = True, *, fresh: bool = False) -> bytes:
+        """The bytes that one token stands for; none for unused tokens, and for control tokens if skipped.
+
+        Args:
+            i: the token.
+            skip_special: leave control tokens out rather than write their text.
+            fresh: the token starts a text or follows a special token, where `encode` may have put a blank.
 
         Raises:
             QjaxError: an id outside the vocabulary.
@@ -139,14 +133,13 @@ class Tokenizer:
         kind, text = self.vocabulary.types[i], self.vocabulary.tokens[i]
         if kind == TokenType.BYTE:
             return bytes([int(text[3:5], 16)])
-        if kind == TokenType.NORMAL and self._escape:
+        if kind == TokenType.NORMAL:
+            if not self._escape:
+                return letters_to_bytes(text)
             text = text.replace(_BLANK, " ")
-        elif kind == TokenType.NORMAL:
-            return b"".join(
-                bytes([LETTER_TO_BYTE[c]]) if c in LETTER_TO_BYTE else c.encode("utf-8", "surrogateescape")
-                for c in text
-            )
-        elif kind != TokenType.USER_DEFINED and (skip_special or kind not in _SPECIAL):
+            if fresh and self.vocabulary.add_space_prefix:
+                text = text.removeprefix(" ")
+        elif kind != TokenType.USER_DEFINED and (skip_special or kind not in _CONTROL):
             return b""
         return text.encode("utf-8", "surrogateescape")
 
