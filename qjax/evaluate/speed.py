@@ -22,7 +22,7 @@ from qjax.errors import QjaxError
 from qjax.generate.engine import decode, prefill, slots_for
 from qjax.generate.sampling import Greedy
 from qjax.kernels import Activations
-from qjax.models import ModelConfig, init_cache
+from qjax.models import ModelConfig, forward, init_cache
 
 # Tokens that the warm-up decodes: the compiled programs are all there after the second.
 WARM_UP_TOKENS = 4
@@ -62,8 +62,11 @@ def _time_decode(
 ) -> float:
     """Seconds for `run` decode steps after a prompt of one token, in a cache that has room for `tokens`."""
     prompt = _prompt(config, 1)
-    cache = init_cache(config, 1, slots_for(1, tokens), cache_dtype)
-    logits, cache = jax.block_until_ready(prefill(params, config, [prompt], cache, activations=activations))
+    empty = init_cache(config, 1, slots_for(1, tokens), cache_dtype)
+    # Not `prefill`: it would pad the one token to a chunk.
+    logits, cache = forward(params, config, jnp.asarray([prompt], jnp.int32), empty, activations=activations)
+    assert cache is not None
+    logits, cache = jax.block_until_ready((logits[:, 0], cache))
     start = time.perf_counter()
     # The first token comes from the prompt's logits: `run` steps give one more.
     for _ in decode(
