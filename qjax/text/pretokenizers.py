@@ -194,5 +194,5 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     """The pre-tokenizer called `name` in `tokenizer.ggml.pre`; an UnsupportedError lists the known ones."""
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UnsupportedError(f"tokenizer.ggml.pre: unknown pre-tokenizer {name!r}; known are {known}")
+        raise UnsupportedError(f"tokenizer.ggml.pre: unknown pre-tokenizer {name[:80]!r}; known are {known}")
     return PRE_TOKENIZERS[name]

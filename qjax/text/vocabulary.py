@@ -90,7 +90,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         raise FormatError(f"{_KEY}model is missing: the file holds no tokenizer")
     if model not in _MODELS:
         known = ", ".join(_MODELS)
-        raise UnsupportedError(f"{_KEY}model: tokenizer {model!r} is not supported; known are {known}")
+        raise UnsupportedError(f"{_KEY}model: tokenizer {model[:80]!r} is not supported; known are {known}")
     spm = model == "llama"
     tokens = _strings(metadata, "tokens")
     if not tokens:
@@ -180,7 +180,7 @@ def _types(metadata: Mapping[str, Any], tokens: list[str], spm: bool) -> list[in
         return [TokenType.BYTE if spm and _BYTE_TOKEN.fullmatch(t) else TokenType.NORMAL for t in tokens]
     for text, kind in zip(tokens, types, strict=True):
         if kind == TokenType.BYTE and not _BYTE_TOKEN.fullmatch(text):
-            raise FormatError(f"{_KEY}tokens: byte token {text!r} is not of the form <0xNN>")
+            raise FormatError(f"{_KEY}tokens: byte token {text[:80]!r} is not of the form <0xNN>")
     return types
 
 
@@ -196,7 +196,7 @@ def _scores(metadata: Mapping[str, Any], n_tokens: int) -> list[float]:
 
 def _merges(metadata: Mapping[str, Any], token_ids: Mapping[str, int]) -> list[tuple[str, str]]:
     lines = _strings(metadata, "merges")
-    if not lines and metadata.get(f"{_KEY}pre") != "kimi-k2":
+    if not lines and _get(metadata, "pre", str) != "kimi-k2":
         raise FormatError(f"{_KEY}merges is missing or empty: a 'gpt2' vocabulary merges by them")
     merges: dict[tuple[str, str], None] = {}
     for line in lines:
@@ -204,7 +204,7 @@ def _merges(metadata: Mapping[str, Any], token_ids: Mapping[str, int]) -> list[t
         cut = line.find(" ", 1)
         left, right = line[:cut], line[cut + 1 :]
         if cut < 0 or left not in token_ids or right not in token_ids or left + right not in token_ids:
-            raise FormatError(f"{_KEY}merges: {line!r} does not name two tokens whose join is a token")
+            raise FormatError(f"{_KEY}merges: {line[:80]!r} does not name two tokens whose join is a token")
         merges.setdefault((left, right))
     return list(merges)
 
@@ -226,7 +226,7 @@ def _stripping(
     metadata: Mapping[str, Any], token_ids: Mapping[str, int], types: list[int]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Special tokens that swallow blanks: GGUF does not say, llama.cpp goes by the names of models."""
-    pre = metadata.get(f"{_KEY}pre")
+    pre = _get(metadata, "pre", str)
     name = str(metadata.get("general.name", "")).lower()
     if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
         return frozenset({token_ids["<mask>"]} if "<mask>" in token_ids else ()), frozenset()

@@ -1,12 +1,15 @@
 """Metadata that contradict themselves, and what is read where they say nothing."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from qjax.errors import FormatError, QjaxWarning, UnsupportedError
+from qjax.errors import FormatError, QjaxError, QjaxWarning, UnsupportedError
 from qjax.text.special_tokens import TokenType
 from qjax.text.tokenizer import Tokenizer
 from qjax.text.vocabulary import read_vocabulary
@@ -60,6 +63,43 @@ def test_faults_of_byte_pairs(bpe: Callable[..., dict[str, Any]], changes: dict[
     with pytest.raises(FormatError, match=message) as caught:
         Tokenizer.from_gguf(broken(bpe("a b"), changes))
     assert "\n" not in str(caught.value)
+
+
+KEYS = (
+    *("model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eot_token_id", "add_bos_token"),
+    *("add_space_prefix", "prefix_token_id"),
+)
+numbers = st.integers(-2, 300) | st.floats()
+junk = (
+    st.none()
+    | st.booleans()
+    | numbers
+    | st.text(max_size=4)
+    | st.sampled_from(["llama", "gpt2", "gemma4", "tekken"])
+    | st.lists(st.text(max_size=3), max_size=400)
+    | st.lists(numbers, max_size=400).map(np.array)
+    | st.integers(0, 7).map(lambda i: np.full(300, i, np.int32))
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(KEYS), junk, min_size=1, max_size=3), spm_or_bpe=st.booleans())
+def test_junk_ends_in_our_errors_only(
+    spm: Callable[..., dict[str, Any]],
+    bpe: Callable[..., dict[str, Any]],
+    changes: dict[str, Any],
+    spm_or_bpe: bool,
+) -> None:
+    metadata = broken(spm({"a": -1.0}) if spm_or_bpe else bpe("a b"), changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QjaxWarning)
+        try:
+            tokenizer = Tokenizer.from_gguf(metadata)
+            tokenizer.decode(tokenizer.encode("a b<s>", add_bos=True, parse_special=True))
+            message = ""
+        except QjaxError as error:
+            message = str(error)
+    assert "\n" not in message
 
 
 def test_a_chat_template_is_text(spm: Callable[..., dict[str, Any]]) -> None:
