@@ -20,9 +20,9 @@ from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, load_gguf
-from qjax.models.load import Make, Place, gguf_tensors, read_array, warn_kept
+from qjax.models.load import Make, Place, gguf_tensors, read_array
 from qjax.quantizers.ggml_legacy import encode
-from qjax.text import Tokenizer, chat_prompt
+from qjax.text import Tokenizer, encode_chat
 
 # What `quantize=` and `convert --type` take, with llama.cpp's general.file_type for each.
 QUANTIZE_TYPES: dict[str, int] = {
@@ -110,15 +110,7 @@ class Model:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages by the model's own chat template."""
-        return self.generate(self.chat_ids(messages), **options)
-
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the answer."""
-        text = chat_prompt(self.tokenizer, messages)
-        ids = self.tokenizer.encode(text, parse_special=True)
-        bos = self.tokenizer.bos_id
-        # Templates often write BOS themselves.
-        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+        return self.generate(encode_chat(self.tokenizer, messages), **options)
 
 
 def quantizer(type_name: str) -> Make:

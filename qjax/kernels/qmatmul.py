@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from qjax.arrays import GroupedArray, Partitioned, QuantizedArray
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
+from qjax.kernels.native import matmul_native, serves
 from qjax.kernels.reference import matmul_reference
 from qjax.kernels.tiles import matmul_tiles
 
 Activations = Literal["float", "int8"]
 Matmul = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
 
-# Rows of x up to which a kernel for few rows is used.
-FEW = 4
+# Rows of x up to which the kernels for few rows are used.
+FEW, FEW_NATIVE = 4, 8
 
 
 class Kernel(NamedTuple):
@@ -40,6 +41,16 @@ def _grouped(weight: Any) -> bool:
 
 
 KERNELS: list[Kernel] = [
+    Kernel(
+        "native-int8",
+        lambda w, m, a: a == "int8" and m <= FEW_NATIVE and serves(w),
+        partial(matmul_native, int8=True, elsewhere=matmul_int8_few),
+    ),
+    Kernel(
+        "native",
+        lambda w, m, a: a == "float" and m <= FEW_NATIVE and serves(w),
+        partial(matmul_native, int8=False, elsewhere=matmul_tiles),
+    ),
     Kernel("xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, matmul_int8_few),
     Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), matmul_int8_many),
     Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),

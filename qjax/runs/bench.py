@@ -1,6 +1,5 @@
 """Speed and memory of a model, as llama-bench shows them."""
 
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -8,28 +7,21 @@ from typing import Any
 import jax
 
 from qjax import api
-from qjax.errors import QjaxError
-from qjax.evaluate.shapes import SHAPES
-from qjax.evaluate.speed import measure
+from qjax.evaluate.shapes import shape_of
+from qjax.evaluate.speed import measure, peak_bytes
 from qjax.evaluate.synthetic import save_synthetic, synthetic_params
 from qjax.runs.console import megabytes, progress_bar, show_table
 from qjax.runs.texts import open_model
-
-
-def peak_bytes() -> int:
-    """The most resident memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _open(model: str | None, shape: str | None, type_name: str, quantize: str | None) -> tuple[str, api.Model]:
     if model is not None:
         opened = open_model(model, quantize=quantize)
         return str(opened.config.arch), opened
-    if shape not in SHAPES:
-        raise QjaxError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
-    config = SHAPES[shape]
+    assert shape is not None
+    config = shape_of(shape).config
     with progress_bar(f"making {shape} {type_name}") as advance:
-        params = synthetic_params(config, type_name, place=lambda _, array: (advance(), array)[1])
+        params = synthetic_params(config, type_name, progress=lambda _: advance())
     return f"{shape} {type_name}", api.Model(params, config, {}, {}, Path(shape))
 
 
@@ -50,7 +42,16 @@ def bench(
     name, opened = _open(model, shape, type_name, quantize)
     jax.block_until_ready(opened.params)
     load_seconds = time.perf_counter() - start
-    rows = measure(opened.params, opened.config, pp=pp, tg=tg, repeat=repeat, activations=activations)
+    with progress_bar("measuring") as advance:
+        rows = measure(
+            opened.params,
+            opened.config,
+            pp=pp,
+            tg=tg,
+            repeat=repeat,
+            activations=activations,
+            progress=lambda test, done, total: advance(done, total, test),
+        )
     size = opened.memory
     return {
         "model": name,
@@ -68,7 +69,8 @@ def bench(
 
 def save(shape: str, type_name: str, path: str) -> None:
     """Write made-up weights as GGUF, so that another program can be measured on the same file."""
-    save_synthetic(path, shape, type_name)
+    with progress_bar(f"writing {path}") as advance:
+        save_synthetic(path, shape_of(shape), type_name, progress=lambda _: advance())
 
 
 def show(result: dict[str, Any]) -> None:

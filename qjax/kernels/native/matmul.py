@@ -1,0 +1,87 @@
+"""The C++ kernel as a JAX function: packed weights of every grouped family, few rows of x, on CPU."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from qjax.arrays import AffineArray, CodebookArray, GroupedArray, TwoLevelArray
+from qjax.arrays.planes import Layout
+from qjax.kernels.native.build import TARGET, available
+
+# (width, stride) of the planes that qmatmul.cc unpacks.
+PLANES = {(4, 16), (4, 32), (4, 64), (2, 32), (1, 32), (1, 4), (8, 1)}
+
+
+def _layout_known(layout: Layout) -> bool:
+    return all((plane.width, plane.stride) in PLANES for plane in layout)
+
+
+def _scales(weight: GroupedArray) -> tuple[str, list[Any]] | None:
+    """qmatmul.cc's name for how the scales lie, and their leaves; None if it knows no such kind."""
+    if isinstance(weight, TwoLevelArray):
+        minimum = [] if weight.super_minimum is None else [weight.super_minimum]
+        return weight.packing, [weight.super_scale, weight.sub_scales, *minimum]
+    if isinstance(weight, CodebookArray):
+        if weight.scale_kind == "two_level":
+            return "iq4_xs", [weight.scale, weight.sub_scales]
+        return ("e8m0" if weight.scale_kind == "e8m0" else "half"), [weight.scale]
+    if isinstance(weight, AffineArray):
+        kind = {"float16": "half", "float32": "float"}.get(str(weight.scale.dtype))
+        minimum = [] if weight.minimum is None else [weight.minimum]
+        return None if kind is None else (kind, [weight.scale, *minimum])
+    return None
+
+
+def serves(weight: Any) -> bool:
+    """Whether the C++ kernel knows this layout, and is there."""
+    if not isinstance(weight, GroupedArray) or not _layout_known(weight.layout) or _scales(weight) is None:  # pyright: ignore
+        return False
+    if isinstance(weight, AffineArray) and weight.bits == 8 and weight.offset != 128:
+        return False
+    return available()
+
+
+def matmul_native(
+    x: Float[Array, "rows in"],
+    weight: Any,
+    *,
+    int8: bool,
+    elsewhere: Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]],
+) -> Float[Array, "rows out"]:
+    """float32 x @ dequantize(weight).T in one pass over the packed bytes.
+
+    Args:
+      int8: round x to int8 by groups of the weight, as `kernels.int8` does.
+      elsewhere: the kernel for the other platforms that this program may be lowered to.
+    """
+    return lax.platform_dependent(x, weight, cpu=partial(_call, int8=int8), default=elsewhere)
+
+
+def _call(x: Float[Array, "rows in"], weight: Any, *, int8: bool) -> Float[Array, "rows out"]:
+    scales = _scales(weight)
+    assert scales is not None
+    kind, leaves = scales
+    minimum = getattr(weight, "minimum", None) is not None or getattr(weight, "super_minimum", None) is not None
+    table = np.array(weight.table if isinstance(weight, CodebookArray) else (), np.int64)
+    call = jax.ffi.ffi_call(
+        TARGET, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32), vmap_method="sequential"
+    )
+    return call(
+        x,
+        *weight.planes,
+        *leaves,
+        scale_kind=kind,
+        widths=np.array([plane.width for plane in weight.layout], np.int64),
+        strides=np.array([plane.stride for plane in weight.layout], np.int64),
+        offset=np.int64(0 if getattr(weight, "offset", 0) == 128 else getattr(weight, "offset", 0)),
+        table=table,
+        groups=np.int64(weight.shape[-1] // weight.group_size),
+        has_minimum=minimum,
+        int8=int8,
+    )
