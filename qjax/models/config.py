@@ -104,7 +104,7 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     if not isinstance(arch, str):
         raise FormatError("metadata lacks 'general.architecture': this is no model file")
     if arch not in ARCHS:
-        raise UnsupportedError(f"architecture {arch!r} is not known; known are {known_archs()}")
+        raise UnsupportedError(f"architecture {arch[:64]!r} is not known; known are {known_archs()}")
     read = _Reader(metadata, arch)
     if read.get("expert_count", int, 0) > 0:
         raise UnsupportedError(
@@ -128,8 +128,9 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     if scaling == "none":
         factor = 1.0
     eps, theta = read.get("attention.layer_norm_rms_epsilon", float), read.get("rope.freq_base", float, 1e4)
-    if not (eps >= 0 and theta > 0 and factor > 0):
+    if not (0 <= eps < 1 and 0 < theta < 1e30 and 1e-6 < factor < 1e6):
         raise FormatError(f"{arch}: norm epsilon {eps}, rope base {theta}, rope factor {factor} make no sense")
+    windowed = read.get("attention.sliding_window", int, 0) != 0
     return ModelConfig(
         arch=arch,
         layers=read.count("block_count"),
@@ -144,5 +145,5 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
         rope_theta=theta,
         rope_dim=rope_dim,
         rope_factor=factor,
-        window=read.get("attention.sliding_window", int, 0) or None,
+        window=read.count("attention.sliding_window") if windowed else None,
     )

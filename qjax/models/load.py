@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from qjax.arrays import QuantizedArray, RawBlockArray
-from qjax.errors import FormatError, QjaxWarning, UnsupportedError
+from qjax.errors import FormatError, QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import GGUFFile, from_blocks
-from qjax.formats.gguf.arrays import FLOAT_TYPES
+from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
 from qjax.models.config import ModelConfig, config_from_gguf
 
 Make = Callable[[str, Any], Any]
@@ -61,12 +61,21 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def read_config(file: GGUFFile, vocab: int) -> ModelConfig:
+    """`config_from_gguf`, with the file named in its errors."""
+    try:
+        return config_from_gguf(file.metadata, vocab)
+    except QjaxError as error:
+        raise type(error)(f"{file.path}: {error}") from error
+
+
 def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     """Every tensor that the model needs is there with its shape, and none that it would not use.
 
     Raises:
-      FormatError: a tensor is missing or has another shape.
-      UnsupportedError: tensors of a variant that is not known: leaving them out would compute something else.
+      FormatError: a tensor is missing or has another shape, or a vector is quantized.
+      UnsupportedError: a type that is not known, or tensors of a variant that is not: leaving them out would compute
+        something else.
     """
     in_layers = (f"blk.{i}.{name}.weight" for i in range(config.layers) for name in layer_weights(config))
     # One name at a time: the number of layers is only what the header claims.
@@ -75,6 +84,11 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             raise FormatError(f"{file.path}: tensor {name!r} is missing; the file is incomplete")
     shapes = expected_shapes(config)
     for name, info in file.tensors.items():
+        if info.type not in READABLE_TYPES:
+            known = ", ".join(sorted(READABLE_TYPES))
+            raise UnsupportedError(f"{file.path}: tensor {name!r} has type {info.type}; known are {known}")
+        if len(info.shape) < 2 and info.type not in FLOAT_TYPES:
+            raise FormatError(f"{file.path}: tensor {name!r} is a vector of {info.type}, expected floats")
         if name in shapes:
             if info.shape != shapes[name]:
                 raise FormatError(
@@ -158,9 +172,9 @@ def load_gguf(
     """
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        config_from_gguf(file.metadata, 1)
+        read_config(file, 1)
         raise FormatError(f"{file.path}: tensor 'token_embd.weight' is missing; this file holds no weights")
-    config = config_from_gguf(file.metadata, embedding.shape[0])
+    config = read_config(file, embedding.shape[0] if embedding.shape else 1)
     check_tensors(file, config)
 
     def get(name: str) -> Any:
@@ -184,6 +198,8 @@ def load_gguf(
     factors = None
     if "rope_freqs.weight" in file.tensors:
         factors = np.asarray(read_array(file, "rope_freqs.weight", np.asarray), np.float32)
+        if not (factors > 0).all():
+            raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has numbers that are not positive")
         params["rope_factors"] = factors
     params["rope"] = place("rope", jax.device_put(inverse_frequencies(config, factors)))
     params["layers"] = [layer(i) for i in range(config.layers)]
