@@ -53,9 +53,14 @@ def heldout(folder: Path) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_bos=tokenizer.add_bos))
 
 
+@jax.jit
+def dequantize(w: Any) -> Any:
+    return w.dequantize()
+
+
 def as_float32(params: dict[str, Any]) -> dict[str, Any]:
     def floats(w: Any) -> Any:
-        return w.dequantize() if isinstance(w, QuantizedArray) else w.astype(jnp.float32)
+        return dequantize(w) if isinstance(w, QuantizedArray) else w.astype(jnp.float32)
 
     return jax.tree.map(floats, params, is_leaf=lambda w: isinstance(w, QuantizedArray))
 
