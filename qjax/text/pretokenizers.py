@@ -173,7 +173,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("granite-embed-multi-97m", PreTokenizer((_GRANITE,), ignore_merges=True)),
     ("tiny_aya cohere2moe", PreTokenizer((_DIGITS_FROM_RIGHT, _caseless(r"\p{N}{1,3}")))),
     ("kimi-k2", PreTokenizer((_KIMI_K2,))),
-    ("superbpe", PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))"))),
+    ("superbpe", PreTokenizer((r"\p{N}+", r"(?=([0-9]{3})+(?![0-9]))"))),
     ("bailingmoe bailingmoe2 llada-moe", PreTokenizer((_BAILING,))),
     ("seed-coder", PreTokenizer((_SEED_CODER,))),
     ("afmoe", PreTokenizer((_DIGITS_FROM_RIGHT, _AFMOE_SCRIPTS, rf"{_MARKED}[\r\n]*|{_BLANKS}"))),
