@@ -43,12 +43,12 @@ def _grouped(weight: Any) -> bool:
 KERNELS: list[Kernel] = [
     Kernel(
         "native-int8",
-        lambda w, m, a: a == "int8" and m <= FEW_NATIVE and serves(w),
+        lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW_NATIVE and serves(w),
         partial(matmul_native, int8=True, elsewhere=matmul_int8_few),
     ),
     Kernel(
         "native",
-        lambda w, m, a: a == "float" and m <= FEW_NATIVE and serves(w),
+        lambda w, m, a: (a == "float" or not _grouped(w)) and m <= FEW_NATIVE and serves(w),
         partial(matmul_native, int8=False, elsewhere=matmul_tiles),
     ),
     Kernel("xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, matmul_int8_few),

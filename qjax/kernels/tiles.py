@@ -13,14 +13,23 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax.arrays import QuantizedArray
+from qjax.arrays.floats import bf16_to_f32
 
 # Floats in one tile, for few rows of x and for many. Chosen by `benchmarks/kernels.py`.
 TILE_FEW, TILE_MANY, MANY = 1 << 15, 1 << 19, 16
 
 
 def as_floats(weight: Any) -> Float[Array, "out in"]:
-    """float32 of a packed or a float weight."""
-    return weight.dequantize() if isinstance(weight, QuantizedArray) else weight.astype(jnp.float32)
+    """float32 of a packed or a float weight; uint16 are the bits of bfloat16."""
+    if isinstance(weight, QuantizedArray):
+        return weight.dequantize()
+    return bf16_to_f32(weight) if weight.dtype == jnp.uint16 else weight.astype(jnp.float32)
+
+
+def _sliceable(weight: Any) -> Any:
+    """XLA:CPU has no bfloat16 slices: it would first make all of the weight float32. Of its bits it has."""
+    bf16 = not isinstance(weight, QuantizedArray) and weight.dtype == jnp.bfloat16
+    return lax.bitcast_convert_type(weight, jnp.uint16) if bf16 else weight
 
 
 def rows_of(weight: Any, start: Any, count: int) -> Any:
@@ -41,6 +50,7 @@ def matmul_tiles(x: Float[Array, "rows in"], weight: Any) -> Float[Array, "rows 
     out = weight.shape[0]
     count = tile_rows(x.shape[0], weight.shape)
     tiles = -(-out // count)
+    weight = _sliceable(weight)
 
     def body(i: Any, y: Float[Array, "rows out"]) -> Float[Array, "rows out"]:
         # The last tile starts early rather than being shorter: its rows are computed twice, to the same values.

@@ -1,4 +1,4 @@
-"""The C++ kernel as a JAX function: packed weights of every grouped family, few rows of x, on CPU."""
+"""The C++ kernel as a JAX function: every grouped family and 16-bit floats, few rows of x, on CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,8 +38,16 @@ def _scales(weight: GroupedArray) -> tuple[str, list[Any]] | None:
     return None
 
 
+def _dense_kind(weight: Any) -> str | None:
+    """ "f16" or "bf16" for a matrix of such floats."""
+    kinds = {"float16": "f16", "bfloat16": "bf16"}
+    return kinds.get(str(weight.dtype)) if isinstance(weight, jax.Array) and weight.ndim == 2 else None
+
+
 def serves(weight: Any) -> bool:
     """Whether the C++ kernel knows this layout, and is there."""
+    if _dense_kind(weight) is not None:
+        return available()
     if not isinstance(weight, GroupedArray) or not _layout_known(weight.layout) or _scales(weight) is None:  # pyright: ignore
         return False
     if isinstance(weight, AffineArray) and weight.bits == 8 and weight.offset != 128:
@@ -54,19 +62,30 @@ def matmul_native(
     int8: bool,
     elsewhere: Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]],
 ) -> Float[Array, "rows out"]:
-    """float32 x @ dequantize(weight).T in one pass over the packed bytes.
+    """float32 x @ dequantize(weight).T in one pass over the packed bytes; differentiable as `elsewhere` is.
 
     Args:
       int8: round x to int8 by groups of the weight, as `kernels.int8` does.
       elsewhere: the kernel for the other platforms that this program may be lowered to.
     """
-    return lax.platform_dependent(x, weight, cpu=partial(_call, int8=int8), default=elsewhere)
+
+    @jax.custom_jvp
+    def matmul(x: Any, weight: Any) -> Any:
+        return lax.platform_dependent(x, weight, cpu=partial(_call, int8=int8), default=elsewhere)
+
+    @matmul.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return matmul(*primals), jax.jvp(elsewhere, primals, tangents)[1]
+
+    return matmul(x, weight)
 
 
 def _call(x: Float[Array, "rows in"], weight: Any, *, int8: bool) -> Float[Array, "rows out"]:
-    scales = _scales(weight)
+    dense = _dense_kind(weight)
+    scales = _scales(weight) if dense is None else (dense, [weight])
     assert scales is not None
     kind, leaves = scales
+    layout = weight.layout if dense is None else ()
     minimum = getattr(weight, "minimum", None) is not None or getattr(weight, "super_minimum", None) is not None
     table = np.array(weight.table if isinstance(weight, CodebookArray) else (), np.int64)
     call = jax.ffi.ffi_call(
@@ -74,14 +93,14 @@ def _call(x: Float[Array, "rows in"], weight: Any, *, int8: bool) -> Float[Array
     )
     return call(
         x,
-        *weight.planes,
+        *(weight.planes if dense is None else ()),
         *leaves,
         scale_kind=kind,
-        widths=np.array([plane.width for plane in weight.layout], np.int64),
-        strides=np.array([plane.stride for plane in weight.layout], np.int64),
+        widths=np.array([plane.width for plane in layout], np.int64),
+        strides=np.array([plane.stride for plane in layout], np.int64),
         offset=np.int64(0 if getattr(weight, "offset", 0) == 128 else getattr(weight, "offset", 0)),
         table=table,
-        groups=np.int64(weight.shape[-1] // weight.group_size),
+        groups=np.int64(weight.shape[-1] // weight.group_size if dense is None else 1),
         has_minimum=minimum,
         int8=int8,
     )

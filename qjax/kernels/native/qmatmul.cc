@@ -85,6 +85,8 @@ struct Weight {
   int8_t table_values[16];
   // Scales.
   enum Kind { kHalf, kFloat, kE8m0, kQ2K, kQ3K, kQ4K, kQ6K, kIq4Xs } kind = kHalf;
+  // No codes at all: 16-bit floats, in `scale`.
+  enum Dense { kPacked, kF16, kBf16 } dense = kPacked;
   const uint8_t* scale = nullptr;
   const uint8_t* minimum = nullptr;
   const uint8_t* sub = nullptr;
@@ -333,6 +335,36 @@ float DotInt8(const int8_t* codes, const int8_t* qx, const float* sx, const floa
   return total;
 }
 
+// sum_i x[i] * w[i] of 16-bit floats.
+float DotDense(const uint8_t* row, Weight::Dense kind, const float* x, int64_t n) {
+  int64_t i = 0;
+  float total = 0;
+#ifdef QJAX_AVX2
+  __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (; i + 32 <= n; i += 32) {
+    for (int j = 0; j < 4; ++j) {
+      const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * (i + 8 * j)));
+      const __m256 w = kind == Weight::kF16
+                           ? _mm256_cvtph_ps(word)
+                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(word), 16));
+      part[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i + 8 * j), part[j]);
+    }
+  }
+  total = Sum(_mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3])));
+#endif
+  for (; i < n; ++i) {
+    float w;
+    if (kind == Weight::kF16) {
+      w = HalfToFloat(Half(row + 2 * i));
+    } else {
+      const uint32_t bits = static_cast<uint32_t>(Half(row + 2 * i)) << 16;
+      std::memcpy(&w, &bits, 4);
+    }
+    total += x[i] * w;
+  }
+  return total;
+}
+
 // All rows of x, made ready once.
 struct Activations {
   int64_t rows = 0;
@@ -372,9 +404,14 @@ struct Activations {
 };
 
 void Rows(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y) {
-  std::vector<int8_t> buffer(w.width[0] == 8 ? 0 : w.columns);
+  std::vector<int8_t> buffer(w.plane_count == 0 || w.width[0] == 8 ? 0 : w.columns);
   std::vector<float> scale(w.groups), minimum(w.minimum == nullptr ? 0 : w.groups);
-  for (int64_t n = begin; n < end; ++n) {
+  for (int64_t n = begin; w.dense != Weight::kPacked && n < end; ++n) {
+    for (int64_t m = 0; m < a.rows; ++m) {
+      y[m * w.rows + n] = DotDense(w.scale + 2 * n * w.columns, w.dense, a.x + m * w.columns, w.columns);
+    }
+  }
+  for (int64_t n = begin; w.dense == Weight::kPacked && n < end; ++n) {
     const int8_t* codes = RowCodes(w, n, buffer.data());
     RowScales(w, n, scale.data(), minimum.data());
     for (int64_t m = 0; m < a.rows; ++m) {
@@ -433,7 +470,10 @@ ffi::Error QMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
   w.group_size = w.columns / groups;
   w.offset = static_cast<int>(offset);
   w.plane_count = static_cast<int>(widths.size());
-  if (w.plane_count < 1 || w.plane_count > 2) return ffi::Error::InvalidArgument("expected one or two planes");
+  if (scale_kind == "f16") w.dense = Weight::kF16;
+  if (scale_kind == "bf16") w.dense = Weight::kBf16;
+  const bool packed = w.dense == Weight::kPacked;
+  if (w.plane_count < (packed ? 1 : 0) || w.plane_count > (packed ? 2 : 0)) return ffi::Error::InvalidArgument("expected one or two planes");
   for (int p = 0; p < w.plane_count; ++p) {
     w.width[p] = static_cast<int>(widths[p]);
     w.stride[p] = static_cast<int>(strides[p]);
@@ -448,7 +488,7 @@ ffi::Error QMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
   constexpr std::pair<std::string_view, Weight::Kind> kKinds[] = {
       {"half", Weight::kHalf}, {"float", Weight::kFloat}, {"e8m0", Weight::kE8m0}, {"q2_k", Weight::kQ2K},
       {"q3_k", Weight::kQ3K},  {"q4_k", Weight::kQ4K},    {"q6_k", Weight::kQ6K},  {"iq4_xs", Weight::kIq4Xs}};
-  bool known = false;
+  bool known = !packed;
   for (const auto& [name, kind] : kKinds) {
     if (name == scale_kind) w.kind = kind, known = true;
   }
@@ -465,7 +505,7 @@ ffi::Error QMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
   if (has_minimum) w.minimum = take();
   if (next != leaves.size()) return ffi::Error::InvalidArgument("unexpected number of leaves");
 
-  a.Prepare(w);
+  if (packed) a.Prepare(w);
   // Blocks of about 64 KiB of codes: enough to be worth a turn, few enough to share out evenly.
   const int64_t rows = std::max<int64_t>(1, std::min<int64_t>(w.rows, (1 << 16) / std::max<int64_t>(1, w.columns)));
   float* out = y->typed_data();
