@@ -20,8 +20,8 @@ from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, load_gguf
-from qjax.models.load import Make, Place, gguf_tensors, read_array
-from qjax.quantizers.ggml_legacy import encode
+from qjax.models.load import Make, Place, gguf_tensors, read_array, warn_kept
+from qjax.quantizers.ggml_legacy import check_finite, encode
 from qjax.text import Tokenizer, encode_chat
 
 # What `quantize=` and `convert --type` take, with llama.cpp's general.file_type for each.
@@ -72,11 +72,11 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 128,
-        temperature: float = 0.8,
+        temperature: float | int = 0.8,
         top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_p: float | int = 1.0,
+        min_p: float | int = 0.0,
+        repetition_penalty: float | int = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
         cache_dtype: Any = jnp.float16,
@@ -206,11 +206,11 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
         if make is not None and kind in FLOAT_TYPES and len(info.shape) == 2 and quantize is not None:
             kind = _target_type(name, info.shape, quantize.upper())
         elif make is not None and len(info.shape) == 2:
-            warnings.warn(
-                f"{name} is {kind} already and stays so: quantize from a float file", QjaxWarning, stacklevel=2
-            )
+            warn_kept(name, kind)
         types.append(kind)
-        data = rewritten(name, kind) if kind in READABLE_TYPES else functools.partial(file.raw, name)
+        # In memory float64 becomes float32.
+        kept = kind == info.type and kind in ("F64", *(GGML_TYPES.keys() - READABLE_TYPES))
+        data = functools.partial(file.raw, name) if kept else rewritten(name, kind)
         tensors.append(TensorToWrite(name, info.shape, kind, data))
     metadata = dict(file.metadata)
     if quantize is not None:

@@ -6,10 +6,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qjax import __version__
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 
 SHAPES = ("tinyllama-1.1b", "llama-7b", "llama-13b")
 
@@ -18,25 +18,43 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Examples keep their lines."""
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"qjax: error: {message} (`{self.prog} --help` tells more)\n")
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
     return value
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
-    return value
+    return _whole(text, 0)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 MODEL_HELP = "a .gguf file, a folder with one, 'embedded', or a Hub id owner/name[:file]"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qjax", description="Open, make and run quantized LLMs with their weights still packed, in JAX."
     )
     parser.add_argument("--version", action="version", version=f"qjax {__version__}")
@@ -60,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 
     def sampling(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("-n", "--max-tokens", type=_positive, default=128, help="default: 128")
-        sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: 0.8")
+        sub.add_argument("--temperature", type=_number, default=0.8, help="0 is greedy; default: 0.8")
         sub.add_argument("--top-k", type=_natural, default=0, help="default: 0, all")
-        sub.add_argument("--top-p", type=float, default=1.0, help="default: 1, all")
-        sub.add_argument("--min-p", type=float, default=0.0, help="default: 0, all")
-        sub.add_argument("--repetition-penalty", type=float, default=1.0, help="default: 1, none")
+        sub.add_argument("--top-p", type=_number, default=1.0, help="default: 1, all")
+        sub.add_argument("--min-p", type=_number, default=0.0, help="default: 0, all")
+        sub.add_argument("--repetition-penalty", type=_number, default=1.0, help="default: 1, none")
         sub.add_argument("--seed", type=_natural, default=0)
         sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
@@ -104,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", nargs="?", help=MODEL_HELP)
     sub.add_argument("--shape", choices=SHAPES, help="made-up packed weights of this shape")
-    sub.add_argument("--type", default="q4_0", help="type or mix of the made-up weights; default: q4_0")
+    sub.add_argument("--type", help="type or mix of the made-up weights; default: q4_0")
     sub.add_argument("--pp", type=_natural, default=512, help="prompt tokens; default: 512; 0 skips")
     sub.add_argument("--tg", type=_natural, default=128, help="generated tokens; default: 128; 0 skips")
     sub.add_argument("--threads", type=_positive, help="default: all cores")
@@ -222,17 +240,22 @@ def _bench(args: argparse.Namespace) -> None:
 
     if (args.model is None) == (args.shape is None):
         raise QjaxError("give a model or --shape, one of them")
+    if args.shape is None and args.type is not None:
+        raise QjaxError("--type is for made-up weights: give --shape, or open the file with --quantize")
+    if args.shape is not None and args.quantize is not None:
+        raise QjaxError("--quantize is for a file: made-up weights have the type that --type names")
+    type_name = args.type or "q4_0"
     if args.save is not None:
         if args.shape is None:
             raise QjaxError("--save writes made-up weights: give --shape, or use `qjax convert` for a file")
-        save(args.shape, args.type, args.save)
+        save(args.shape, type_name, args.save)
         if args.json:
-            emit_json({"path": args.save, "shape": args.shape, "type": args.type})
+            emit_json({"path": args.save, "shape": args.shape, "type": type_name})
         return
     result = bench(
         args.model,
         shape=args.shape,
-        type_name=args.type,
+        type_name=type_name,
         quantize=args.quantize,
         pp=args.pp,
         tg=args.tg,
@@ -293,7 +316,14 @@ def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        # What one command has warned of, the next one in this process warns of again.
+        warnings.simplefilter("default", QjaxWarning)
+        warnings.showwarning = _show_warning
+        return _exit_code(args)
+
+
+def _exit_code(args: argparse.Namespace) -> int:
     try:
         if args.command == "bench" and args.threads is not None:
             from qjax.evaluate.speed import limit_threads

@@ -8,18 +8,41 @@ from qjax.errors import QjaxError
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded.gguf"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<file>[\w./-]+))?")
-_FIRST_OF_MANY = re.compile(r"-(?P<number>\d{5})-of-\d{5}\.gguf$")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})(?P<count>-of-\d{5}\.gguf)")
 
 
 def _one_of(names: list[str], where: str, how: str) -> str:
     """The only model among file names; of a split model, its first shard."""
-    first = [name for name in names if (m := _FIRST_OF_MANY.search(name)) is None or m["number"] == "00001"]
+    first = [name for name in names if (m := _SHARD.fullmatch(name)) is None or m["number"] == "00001"]
     if not first:
         raise QjaxError(f"{where}: no .gguf file there; qjax reads GGUF files")
     if len(first) > 1:
-        shown = ", ".join(sorted(first)[:8]) + (", ..." if len(first) > 8 else "")
-        raise QjaxError(f"{where}: {len(first)} models there; name one {how}: {shown}")
+        raise QjaxError(f"{where}: {len(first)} models there; name one {how}: {_listed(first)}")
     return first[0]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _choose(names: list[str], repo: str, file: str | None) -> str:
+    """The file of a Hub repository that `file` names: by its name, or by a part that only one model has."""
+    where = f"Hub repository {repo}"
+    if file is None or file in names:
+        return file or _one_of(names, where, f"as {repo}:FILE")
+    found = [name for name in names if file.lower() in name.lower()]
+    if names and not found:
+        raise QjaxError(f"{where}: no .gguf file there has {file!r} in its name; there are {_listed(names)}")
+    return _one_of(found, where, f"as {repo}:FILE")
+
+
+def _shards(chosen: str, names: list[str]) -> list[str]:
+    """The chosen file, or all shards of the model that it is one of."""
+    shard = _SHARD.fullmatch(chosen)
+    if shard is None:
+        return [chosen]
+    same = re.compile(re.escape(shard["stem"]) + r"-\d{5}" + re.escape(shard["count"]))
+    return sorted(name for name in names if same.fullmatch(name))
 
 
 def locate(model: str | Path) -> Path:
@@ -56,15 +79,8 @@ def fetch(repo: str, file: str | None) -> Path:
 
     try:
         names = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
-        if file is not None and file not in names:
-            names = [name for name in names if file.lower() in name.lower()]
-        chosen = file if file in names else _one_of(names, f"Hub repository {repo}", f"as {repo}:FILE")
-        assert chosen is not None
-        many = _FIRST_OF_MANY.search(chosen)
-        stem = chosen[: many.start()] if many else chosen
-        shards = [n for n in names if many and n.startswith(stem) and _FIRST_OF_MANY.search(n)] or [chosen]
-        paths = [Path(hf_hub_download(repo, name)) for name in sorted(shards)]
-        return paths[0]
+        chosen = _choose(names, repo, file)
+        return {name: Path(hf_hub_download(repo, name)) for name in _shards(chosen, names)}[chosen]
     except QjaxError:
         raise
     except Exception as error:  # its errors come from several HTTP libraries, by version

@@ -143,8 +143,11 @@ def generate_ids(
     """Tokens that follow the prompts, int32 [batch] a step, for `max_tokens` steps; the caller stops at will.
 
     Raises:
-      QjaxError: an empty prompt, a token id that is not in the vocabulary, or more tokens than the model's context.
+      QjaxError: an empty prompt, a token id that is not in the vocabulary, more tokens than the model's context, or a
+        seed that is not 0 to 2**32 - 1.
     """
+    if not 0 <= seed < 1 << 32:
+        raise QjaxError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest + max_tokens > config.context:
         raise QjaxError(

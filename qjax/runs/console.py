@@ -9,23 +9,37 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-# Tables wider than the terminal would be cut; a pipe has no width of its own.
-console = Console(stderr=True)
+# Tables wider than this would be cut where no terminal says its width.
+PIPE_WIDTH = 120
+
+
+class _Console(Console):
+    """A console that leaves it to the command line what a closed pipe means: rich would end with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+console = _Console(stderr=True)
 
 
 def emit_json(result: dict[str, Any]) -> None:
-    """The one JSON object of a `--json` run."""
-    json.dump(result, sys.stdout, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    """The one JSON object of a `--json` run, in ASCII: names in a file may hold what UTF-8 cannot."""
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def _showable(text: str) -> str:
+    """Text with escapes for what stdout cannot show, rather than an end of the run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def emit(text: str, end: str = "") -> None:
     """Result text, at once."""
-    # A terminal that cannot show a character shows its escape rather than ending the run.
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
+    sys.stdout.write(_showable(text) + end)
     sys.stdout.flush()
 
 
@@ -35,8 +49,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        # As Text: a name with brackets is no markup.
+        table.add_row(*(Text(_showable(cell)) for cell in row))
+    _Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What is in a file: architecture, each tensor's type, bits and bytes, without loading any weight."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ def inspect(model: str | Path) -> dict[str, Any]:
     ]
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
     nbytes = sum(tensor["bytes"] for tensor in tensors)
-    arch = file.metadata.get("general.architecture")
+    arch, name = _text(file.metadata, "general.architecture"), _text(file.metadata, "general.name")
     return {
         "path": str(file.path),
         "format": f"GGUF v{file.version}",
-        "arch": arch if isinstance(arch, str) else None,
-        "name": file.metadata.get("general.name"),
+        "arch": arch,
+        "name": name,
         "parameters": parameters,
         "bytes": nbytes,
         "dequantized_bytes": DEQUANTIZED_BYTES * parameters,
@@ -42,7 +43,12 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }
 
 
-def _sizes(metadata: Any, arch: Any) -> dict[str, Any]:
+def _text(metadata: Mapping[str, Any], key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _sizes(metadata: Mapping[str, Any], arch: str | None) -> dict[str, int]:
     keys = {
         "layers": "block_count",
         "hidden": "embedding_length",

@@ -1,5 +1,6 @@
 """The commands on text: generate, chat, tokenize, perplexity."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -80,7 +81,10 @@ def _lines() -> Any:
     while True:
         if sys.stdin.isatty():
             console.print("> ", end="", style="bold")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise QjaxError("what was typed is not UTF-8 text") from error
         if not line.strip():
             return
         yield line.rstrip("\n")
@@ -107,15 +111,20 @@ def measure_perplexity(
     """Perplexity of a text, with a bar that shows it so far."""
     bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
     ids: Sequence[int] = model.encode(text)
-    with progress_bar("perplexity") as advance:
-        result = perplexity(
-            model.params,
-            model.config,
-            ids,
-            n_ctx=ctx,
-            bos_id=bos,
-            chunks=chunks,
-            activations=activations,
-            progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
-        )
+    try:
+        with progress_bar("perplexity") as advance:
+            result = perplexity(
+                model.params,
+                model.config,
+                ids,
+                n_ctx=ctx,
+                bos_id=bos,
+                chunks=chunks,
+                activations=activations,
+                progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
+            )
+    except OverflowError:
+        result = None
+    if result is None or not math.isfinite(result.perplexity):
+        raise QjaxError(f"{model.source}: the perplexity is no finite number: the file's weights are damaged")
     return result._asdict()
