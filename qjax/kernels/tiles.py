@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from qjax.arrays import QuantizedArray
 from qjax.arrays.floats import bf16_to_f32
 
-# Floats in one tile, for few rows of x and for many. Chosen by `benchmarks/kernels.py`.
+# Floats in one tile, for few rows of x and for many; larger ones gain little.
 TILE_FEW, TILE_MANY, MANY = 1 << 15, 1 << 19, 16
 
 
@@ -40,9 +40,9 @@ def rows_of(weight: Any, start: Any, count: int) -> Any:
 def tile_rows(rows: int, shape: tuple[int, ...]) -> int:
     """Rows of the weight in one tile, given how many rows x has."""
     out, columns = shape
-    wanted = max(8, (TILE_MANY if rows >= MANY else TILE_FEW) // columns)
+    wanted = max(8, (TILE_MANY if rows >= MANY else TILE_FEW) // columns // 8 * 8)
     # Never more than a quarter of a weight that is worth cutting.
-    return out if out <= 8 else min(wanted, max(8, out // 4))
+    return out if out <= 8 else min(wanted, max(8, out // 32 * 8))
 
 
 def matmul_tiles(x: Float[Array, "rows in"], weight: Any) -> Float[Array, "rows out"]:
