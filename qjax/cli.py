@@ -90,11 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt", help="the text to continue")
     sub.add_argument("-f", "--file", help="read the prompt from a file ('-': standard input)")
     sub.add_argument("--echo", action="store_true", help="print the prompt too")
-    sampling(sub), compute(sub), json_flag(sub)
+    sampling(sub)
+    compute(sub)
+    json_flag(sub)
 
     sub = command("chat", "Talk with a model, by its chat template.", "qjax chat model.gguf --system 'Be brief.'")
     sub.add_argument("--system", help="the system message")
-    sampling(sub), compute(sub)
+    sampling(sub)
+    compute(sub)
 
     sub = command("tokenize", "Token ids of a text.", "qjax tokenize embedded --file README.md --json")
     sub.add_argument("-p", "--prompt", help="the text")
@@ -112,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text")
     sub.add_argument("--ctx", type=_positive, default=512, help="tokens of a chunk; default: 512")
     sub.add_argument("--chunks", type=_positive, help="only this many; default: all")
-    compute(sub), json_flag(sub)
+    compute(sub)
+    json_flag(sub)
 
     sub = command(
         "bench",
@@ -128,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=_positive, help="default: all cores")
     sub.add_argument("--repeat", type=_positive, default=5, help="default: 5")
     sub.add_argument("--save", metavar="FILE", help="write the made-up model as GGUF, and measure nothing")
-    compute(sub), json_flag(sub)
+    compute(sub)
+    json_flag(sub)
 
     sub = command(
         "convert", "Rewrite a GGUF file, or quantize a float one.", "qjax convert f16.gguf q8.gguf --type q8_0"
@@ -156,7 +161,7 @@ def _cache_compilations() -> None:
     import jax
 
     folder = os.environ.get("QJAX_CACHE", str(Path.home() / ".cache" / "qjax"))
-    if folder == "off" or jax.config.jax_compilation_cache_dir:
+    if folder == "off" or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -217,7 +222,10 @@ def _inspect(args: argparse.Namespace) -> None:
     from qjax.runs.inspect import inspect, show
 
     facts = inspect(args.model)
-    emit_json(facts) if args.json else show(facts)
+    if args.json:
+        emit_json(facts)
+    else:
+        show(facts)
 
 
 def _perplexity(args: argparse.Namespace) -> None:
@@ -263,7 +271,10 @@ def _bench(args: argparse.Namespace) -> None:
         threads=args.threads,
         activations=args.activations,
     )
-    emit_json(result) if args.json else show(result)
+    if args.json:
+        emit_json(result)
+    else:
+        show(result)
 
 
 def _convert(args: argparse.Namespace) -> None:

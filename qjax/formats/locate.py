@@ -7,6 +7,9 @@ from qjax.errors import QjaxError
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded.gguf"
 
+# How long the Hub may take to answer at all.
+REACH_SECONDS = 10.0
+
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<file>[\w./-]+))?")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})(?P<count>-of-\d{5}\.gguf)")
 
@@ -71,18 +74,47 @@ def locate(model: str | Path) -> Path:
 def fetch(repo: str, file: str | None) -> Path:
     """Download a GGUF file, and its other shards, of a Hub repository into the Hub's own cache.
 
+    Where the Hub cannot be reached, what the cache holds already is used.
+
+    Args:
+      repo: "owner/name".
+      file: a file's name, or a part of it that only one model there has; None for the only model.
+
     Raises:
       QjaxError: the Hub cannot be reached, or has no such repository or file.
     """
     # Imported here: it takes a while, and most runs open a local file.
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    here = f"{repo}: there is no such file here, and"
     try:
-        names = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
+        # Not `list_repo_files`, which asks a Hub that is out of reach for half a minute.
+        listed = HfApi().model_info(repo, timeout=REACH_SECONDS).siblings or []
+        names = [entry.rfilename for entry in listed if entry.rfilename.endswith(".gguf")]
         chosen = _choose(names, repo, file)
         return {name: Path(hf_hub_download(repo, name)) for name in _shards(chosen, names)}[chosen]
     except QjaxError:
         raise
+    except GatedRepoError as error:
+        raise QjaxError(f"{here} on the Hub it is gated: accept its terms there, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise QjaxError(f"{here} no such public repository on the Hub (is it private? `hf auth login`)") from error
     except Exception as error:  # its errors come from several HTTP libraries, by version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QjaxError(f"cannot fetch {repo} from the Hub, and there is no such file here: {reason}") from error
+        folder = None if isinstance(error, HfHubHTTPError) else _cached(repo)
+        if folder is not None:
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+            return folder / _choose(names, repo, file)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QjaxError(f"{here} it cannot be fetched from the Hub: {reason}") from error
+
+
+def _cached(repo: str) -> Path | None:
+    """The folder of the Hub's cache with what was fetched of a repository before, if anything."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
