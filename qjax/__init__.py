@@ -25,7 +25,7 @@ _PUBLIC = {
     "partition": "qjax.arrays.partition",
     "perplexity": "qjax.evaluate.perplexity",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from qjax.api import Model as Model

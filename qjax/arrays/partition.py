@@ -70,6 +70,5 @@ def partition(weight: QuantizedArray, mesh: Mesh, axis: str, side: Side = "out")
             )
         if any(leaf.shape[-1] % parts for leaf in jax.tree.leaves(weight)):
             raise ValueError(f"a scale is shared by all columns of {weight!r}: cut along out_features")
-    result = Partitioned(weight, mesh, axis, side)
-    sharding = NamedSharding(mesh, result.spec)
-    return result.replace(weight=jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), weight))
+    sharding = NamedSharding(mesh, Partitioned(weight, mesh, axis, side).spec)
+    return Partitioned(jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), weight), mesh, axis, side)

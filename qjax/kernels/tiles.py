@@ -28,8 +28,9 @@ def as_floats(weight: Any) -> Float[Array, "out in"]:
 
 def _sliceable(weight: Any) -> Any:
     """XLA:CPU has no bfloat16 slices: it would first make all of the weight float32. Of its bits it has."""
-    bf16 = not isinstance(weight, QuantizedArray) and weight.dtype == jnp.bfloat16
-    return lax.bitcast_convert_type(weight, jnp.uint16) if bf16 else weight
+    if isinstance(weight, QuantizedArray) or weight.dtype != jnp.bfloat16:
+        return weight
+    return lax.bitcast_convert_type(weight, jnp.uint16)
 
 
 def rows_of(weight: Any, start: Any, count: int) -> Any:

@@ -1,14 +1,13 @@
 """Laws of packed arrays, against the oracle `gguf.quants`."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from hypothesis import given
 from hypothesis import strategies as st
-
-import jax
-import jax.numpy as jnp
-from flax import serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.arrays import AffineArray, QuantizedArray, memory, partition
@@ -97,9 +96,7 @@ def test_float_types(kind: str) -> None:
     if kind != "F64":  # rounded to float32 on loading
         assert type_of(array) == kind
         np.testing.assert_array_equal(to_blocks(array), raw)
-    np.testing.assert_array_equal(
-        np.asarray(array, np.float32), raw.view(FLOAT_TYPES[kind]).astype(np.float32)
-    )
+    np.testing.assert_array_equal(np.asarray(array, np.float32), raw.view(FLOAT_TYPES[kind]).astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -1,12 +1,11 @@
 """Packing of codes into bit planes."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import jax
-import jax.numpy as jnp
 
 from qjax.arrays.planes import Plane, layout_bits, pack, pack_plane, unpack
 

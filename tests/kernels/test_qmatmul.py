@@ -2,13 +2,12 @@
 
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qjax.arrays import partition
