@@ -99,7 +99,7 @@ struct BytesOf {
 };
 
 template <int kWidth, int kStride>
-void UnpackPlane(const uint8_t* in, int64_t columns, int shift, bool first, uint8_t* out) {
+void UnpackPlane(const uint8_t* in, int64_t columns, int shift, uint8_t offset, bool first, uint8_t* out) {
   constexpr int kPerByte = 8 / kWidth, kMask = (1 << kWidth) - 1, kBytes = kStride < 32 ? kStride : 32;
   using Bytes = typename BytesOf<kBytes>::Type;
   for (int64_t c = 0; c < columns; c += kPerByte * kStride, in += kStride, out += kPerByte * kStride) {
@@ -114,6 +114,7 @@ void UnpackPlane(const uint8_t* in, int64_t columns, int shift, bool first, uint
           std::memcpy(&lower, out + p * kStride + k, kBytes);
           bits = lower | (bits << shift);
         }
+        bits -= offset;
         std::memcpy(out + p * kStride + k, &bits, kBytes);
       }
     }
@@ -122,7 +123,7 @@ void UnpackPlane(const uint8_t* in, int64_t columns, int shift, bool first, uint
 
 // Four bytes hold the bits of 32 codes, code k + 4 p in bit p of byte k: one word, seen through 32 masks.
 template <>
-void UnpackPlane<1, 4>(const uint8_t* in, int64_t columns, int shift, bool first, uint8_t* out) {
+void UnpackPlane<1, 4>(const uint8_t* in, int64_t columns, int shift, uint8_t offset, bool first, uint8_t* out) {
   using Bytes = BytesOf<32>::Type;
   typedef uint32_t Words __attribute__((vector_size(32)));
   Bytes mask;
@@ -138,11 +139,12 @@ void UnpackPlane<1, 4>(const uint8_t* in, int64_t columns, int shift, bool first
       std::memcpy(&lower, out, 32);
       bits |= lower;
     }
+    bits -= offset;
     std::memcpy(out, &bits, 32);
   }
 }
 
-using Unpack = void (*)(const uint8_t*, int64_t, int, bool, uint8_t*);
+using Unpack = void (*)(const uint8_t*, int64_t, int, uint8_t, bool, uint8_t*);
 
 Unpack UnpackFor(int width, int stride) {
   if (width == 4 && stride == 16) return UnpackPlane<4, 16>;
@@ -161,7 +163,9 @@ const int8_t* RowCodes(const Weight& w, int64_t row, int8_t* buffer) {
   int shift = 0;
   for (int p = 0; p < w.plane_count; ++p) {
     const int64_t nbytes = w.columns * w.width[p] / 8;
-    UnpackFor(w.width[p], w.stride[p])(w.plane[p] + row * nbytes, w.columns, shift, p == 0, codes);
+    // The last plane makes the codes whole: then the offset can go.
+    const uint8_t offset = static_cast<uint8_t>(p + 1 == w.plane_count ? w.offset : 0);
+    UnpackFor(w.width[p], w.stride[p])(w.plane[p] + row * nbytes, w.columns, shift, offset, p == 0, codes);
     shift += w.width[p];
   }
   if (w.table != nullptr) {
@@ -174,11 +178,6 @@ const int8_t* RowCodes(const Weight& w, int64_t row, int8_t* buffer) {
     }
 #endif
     for (; i < w.columns; ++i) buffer[i] = w.table[codes[i]];
-  } else if (w.offset != 0) {
-    // Bytes may alias anything: without a copy the bound would be read anew each time.
-    const uint8_t offset = static_cast<uint8_t>(w.offset);
-    const int64_t columns = w.columns;
-    for (int64_t i = 0; i < columns; ++i) codes[i] -= offset;
   }
   return buffer;
 }
