@@ -12,7 +12,8 @@ from qjax.runs.corpus import heldout_text
 from qjax.runs.texts import measure_perplexity
 
 TYPES = ("f16", "q8_0", "q5_1", "q4_0")
-PROMPT = "def read_lines(path):\n"
+PROMPT = 'class Reader:\n    """'
+SAMPLING = {"max_tokens": 80, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 2}
 # Text is long enough for a stable figure and short enough for a demo.
 CHUNKS = 24
 
@@ -46,12 +47,12 @@ def demo(out: Path, *, as_json: bool = False) -> dict[str, Any]:
     path = plot_types(rows, out / "demo.png")
     assert model is not None
     if as_json:
-        completion = "".join(model.generate(PROMPT, max_tokens=64, temperature=0))
+        completion = "".join(model.generate(PROMPT, **SAMPLING))
     else:
         _show(rows)
-        emit(f"\nplot: {path}\n\n{TYPES[-1]} continues:\n{PROMPT}")
+        emit(f"\nplot: {path}\n\n{TYPES[-1]} continues:\n\n{PROMPT}")
         completion = ""
-        for piece in model.generate(PROMPT, max_tokens=64, temperature=0):
+        for piece in model.generate(PROMPT, **SAMPLING):
             emit(piece)
             completion += piece
         emit("\n")
