@@ -11,7 +11,7 @@ from qjax.runs import corpus
 def test_the_rule_gives_the_same_sorted_files_each_time() -> None:
     files = corpus.training_files()
     assert files == corpus.training_files() == sorted(set(files))
-    assert 400 < len(files) < 1000
+    assert 300 < len(files) < 1000
 
 
 def test_held_out_files_exist_and_are_disjoint_from_training() -> None:
