@@ -56,7 +56,7 @@ class Model:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Made on first use: a model without a (known) tokenizer can still be run on ids."""
-        return Tokenizer.from_gguf(self.metadata)
+        return read_tokenizer(self.metadata, self.source)
 
     @property
     def memory(self) -> Memory:
@@ -111,6 +111,18 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages by the model's own chat template."""
         return self.generate(encode_chat(self.tokenizer, messages), **options)
+
+
+def read_tokenizer(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
+    """The tokenizer of a file's metadata.
+
+    Raises:
+      FormatError, UnsupportedError: see `Tokenizer.from_gguf`; the message names the file.
+    """
+    try:
+        return Tokenizer.from_gguf(metadata)
+    except QjaxError as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 def quantizer(type_name: str) -> Make:

@@ -160,10 +160,14 @@ def _cache_compilations() -> None:
     """
     import jax
 
-    folder = os.environ.get("QJAX_CACHE", str(Path.home() / ".cache" / "qjax"))
-    if folder == "off" or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    named = os.environ.get("QJAX_CACHE", "")
+    if named == "off" or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "xla"))
+    try:
+        folder = Path(named) if named else Path.home() / ".cache" / "qjax"
+    except RuntimeError:  # a user without a home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

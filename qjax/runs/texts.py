@@ -10,6 +10,8 @@ from typing import Any
 from qjax import api
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
+from qjax.formats.gguf import open_gguf
+from qjax.formats.locate import locate
 from qjax.runs.console import console, emit, emit_json, progress_bar
 
 
@@ -92,11 +94,8 @@ def _lines() -> Any:
 
 def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: bool) -> None:
     """Ids of a text and the text decoded back; weights are not loaded."""
-    from qjax.formats.gguf import open_gguf
-    from qjax.formats.locate import locate
-    from qjax.text import Tokenizer
-
-    tokenizer = Tokenizer.from_gguf(open_gguf(locate(model)).metadata)
+    file = open_gguf(locate(model))
+    tokenizer = api.read_tokenizer(file.metadata, file.path)
     ids = tokenizer.encode(text, add_bos=bos, parse_special=parse_special)
     decoded = tokenizer.decode(ids, skip_special=False) if not bos else tokenizer.decode(ids)
     if as_json:

@@ -92,7 +92,9 @@ def test_models_that_cannot_be_run(
     path = rewritten(tmp_path / "m.gguf", model, meta, tensors)
     (tmp_path / "text.txt").write_text("text " * 100)
     for command in (("generate", path, "-p", "a"), ("perplexity", path, "--data", tmp_path / "text.txt", "--ctx", 8)):
-        refused(run(*command, "--json"), *words)
+        refused(run(*command, "--json"), *words, str(path))
+    if any(key.startswith("tokenizer.") for key in meta):
+        refused(run("tokenize", path, "-p", "a"), *words, str(path))
     # What can be said of it is said.
     assert run("inspect", path).code == 0
 
@@ -124,6 +126,28 @@ def test_a_file_of_llama_cpp_cut_anywhere(run: Any, interop: Path, tmp_path: Pat
     path.write_bytes(whole[:size])
     command = data.draw(st.sampled_from([["inspect"], ["tokenize", "-p", "a"], ["generate", "-p", "a"]]))
     refused(run(command[0], path, *command[1:]), str(path))
+
+
+NUMBERS = [0, 1, 2, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
+
+
+@settings(parent=cuts, max_examples=50)
+@given(st.data())
+def test_a_damaged_file_is_never_our_fault(run: Any, model: Path, tmp_path: Path, data: Any) -> None:
+    damaged = bytearray(model.read_bytes())
+    header = min(info.offset for info in open_gguf(model).tensors.values())
+    for _ in range(data.draw(st.integers(1, 3))):
+        # The keys come first and the tensors' descriptions last, the vocabulary fills the middle.
+        place = data.draw(st.integers(0, 1000) | st.integers(header - 1000, header) | st.integers(0, header))
+        number = data.draw(st.sampled_from(NUMBERS) | st.integers(0, 2**64 - 1))
+        width = data.draw(st.sampled_from([1, 4, 8]))
+        damaged[place : place + width] = struct.pack("<Q", number)[:width]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damaged)
+    for command in (["inspect"], ["tokenize", "-p", "a <s> é"], ["convert", tmp_path / "out.bin", "--type", "f16"]):
+        result = run(command[0], path, *command[1:])
+        if result.code != 0:
+            refused(result, str(path))
 
 
 GENERATE = ["generate", "MODEL", "-p", "a", "-n", "2"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -268,6 +269,17 @@ def test_warnings_are_lines_on_stderr_and_stay_in_the_run(run: Any, model: Path)
         assert result.code == 0
         assert "qjax: warning: output.weight is Q8_0 already and stays so: quantize from a float file\n" in result.err
     assert warnings.showwarning is before
+
+
+def test_where_compiled_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    for name, folder in (("off", None), (str(tmp_path), tmp_path), ("", tmp_path / "home" / ".cache" / "qjax")):
+        told.clear()
+        monkeypatch.setenv("QJAX_CACHE", name)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        cli._cache_compilations()
+        assert told.get("jax_compilation_cache_dir") == (folder and str(folder / "xla"))
 
 
 def test_our_own_fault_is_code_1(run: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
