@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.arrays import Memory, QuantizedArray, memory
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.formats.gguf import from_blocks, open_gguf, to_blocks, type_of
+from qjax.formats.gguf import GGUFFile, from_blocks, open_gguf, to_blocks, type_of
 from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
@@ -133,9 +133,7 @@ def quantizer(type_name: str) -> Make:
     Raises:
       QjaxError: a type without an encoder; lists those that have one.
     """
-    if type_name.lower() not in QUANTIZE_TYPES:
-        raise QjaxError(f"cannot quantize to {type_name!r}; known are {', '.join(QUANTIZE_TYPES)}")
-    kind = type_name.upper()
+    kind = _known_type(type_name)
 
     def make(name: str, w: Any) -> QuantizedArray | Any:
         check_finite(name, w)
@@ -143,6 +141,18 @@ def quantizer(type_name: str) -> Make:
         return from_blocks(fitting, np.asarray(_encoded(fitting, w)))
 
     return make
+
+
+def _known_type(type_name: str) -> str:
+    """ggml's name of a type that there is an encoder for."""
+    if type_name.lower() not in QUANTIZE_TYPES:
+        raise QjaxError(f"cannot quantize to {type_name!r}; known are {', '.join(QUANTIZE_TYPES)}")
+    return type_name.upper()
+
+
+def _check_quantizable(file: GGUFFile) -> None:
+    if not any(info.type in FLOAT_TYPES and len(info.shape) == 2 for info in file.tensors.values()):
+        raise QjaxError(f"{file.path}: every matrix is quantized already; quantize from a float file")
 
 
 def load(
@@ -168,6 +178,8 @@ def load(
     make = quantizer(quantize) if isinstance(quantize, str) else quantize
     path = locate(model)
     file = open_gguf(path)
+    if make is not None:
+        _check_quantizable(file)
     options = {} if place is None else {"place": place}
     params, config = load_gguf(file, make=make, progress=progress, **options)
     return Model(params, config, file.metadata, file.metadata_types, path)
@@ -199,7 +211,9 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
     """
     path = locate(source)
     file = open_gguf(path)
-    make = None if quantize is None else quantizer(quantize)
+    kind_wanted = None if quantize is None else _known_type(quantize)
+    if kind_wanted is not None:
+        _check_quantizable(file)
 
     def rewritten(name: str, kind: str) -> Callable[[], np.ndarray]:
         def data() -> np.ndarray:
@@ -215,10 +229,11 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
     tensors, types = [], []
     for name, info in file.tensors.items():
         kind = info.type
-        if make is not None and kind in FLOAT_TYPES and len(info.shape) == 2 and quantize is not None:
-            kind = _target_type(name, info.shape, quantize.upper())
-        elif make is not None and len(info.shape) == 2:
-            warn_kept(name, kind)
+        if kind_wanted is not None and len(info.shape) == 2:
+            if kind in FLOAT_TYPES:
+                kind = _target_type(name, info.shape, kind_wanted)
+            else:
+                warn_kept(name, kind)
         types.append(kind)
         # In memory float64 becomes float32.
         kept = kind == info.type and kind in ("F64", *(GGML_TYPES.keys() - READABLE_TYPES))

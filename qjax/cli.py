@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qjax import __version__
+from qjax.cache import cache_root
 from qjax.errors import QjaxError, QjaxWarning
 
 SHAPES = ("tinyllama-1.1b", "llama-7b", "llama-13b")
@@ -160,12 +161,8 @@ def _cache_compilations() -> None:
     """
     import jax
 
-    named = os.environ.get("QJAX_CACHE", "")
-    if named == "off" or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    try:
-        folder = Path(named) if named else Path.home() / ".cache" / "qjax"
-    except RuntimeError:  # a user without a home
+    folder = cache_root()
+    if folder is None or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

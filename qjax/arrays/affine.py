@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -13,11 +14,20 @@ from qjax.arrays.floats import f16_to_f32
 from qjax.arrays.planes import Layout, Plane, layout_bits, unpack
 
 
+@jax.custom_jvp
+def _exact(half: Any) -> Any:
+    return f16_to_f32(half)
+
+
+@_exact.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    # Made of integer operations, which have no derivative; the conversion is the identity.
+    return _exact(*primals), tangents[0].astype(jnp.float32)
+
+
 def widen(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """A stored scale as float32, exactly (XLA's own f16 conversion may flush or canonicalize)."""
-    if scale.dtype == jnp.float16:
-        return f16_to_f32(scale)
-    return scale.astype(jnp.float32)
+    return _exact(scale) if scale.dtype == jnp.float16 else scale.astype(jnp.float32)
 
 
 @struct.dataclass(repr=False)

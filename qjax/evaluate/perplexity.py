@@ -68,7 +68,7 @@ def perplexity(
       progress: called as (chunks done, chunks, perplexity so far).
 
     Raises:
-      QjaxError: the text is shorter than two chunks, or n_ctx is odd or out of range.
+      QjaxError: the text is shorter than one chunk, or n_ctx is odd or out of range.
     """
     if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
         raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")

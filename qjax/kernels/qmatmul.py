@@ -40,19 +40,28 @@ def _grouped(weight: Any) -> bool:
     return isinstance(weight, GroupedArray)
 
 
+def _straight_through(run: Matmul) -> Matmul:
+    """Differentiate a product of rounded activations as if they were not rounded (Bengio et al. 2013)."""
+    rounded = jax.custom_jvp(run)
+    rounded.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(matmul_tiles, primals, tangents)[1]))
+    return rounded
+
+
 KERNELS: list[Kernel] = [
     Kernel(
         "native-int8",
         lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW_NATIVE and serves(w),
-        partial(matmul_native, int8=True, elsewhere=matmul_int8_few),
+        _straight_through(partial(matmul_native, int8=True, elsewhere=matmul_int8_few)),
     ),
     Kernel(
         "native",
         lambda w, m, a: (a == "float" or not _grouped(w)) and m <= FEW_NATIVE and serves(w),
         partial(matmul_native, int8=False, elsewhere=matmul_tiles),
     ),
-    Kernel("xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, matmul_int8_few),
-    Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), matmul_int8_many),
+    Kernel(
+        "xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, _straight_through(matmul_int8_few)
+    ),
+    Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), _straight_through(matmul_int8_many)),
     Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),
     Kernel("xla-tiles", lambda w, m, a: True, matmul_tiles),
     Kernel("reference", lambda w, m, a: True, matmul_reference),

@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -263,12 +264,18 @@ def test_warnings_are_lines_on_stderr_and_stay_in_the_run(run: Any, model: Path)
         assert result.code == 0
         assert result.err == ""
     path = model.with_name("packed.bin")
-    run("convert", model, path, "--type", "q8_0")
+    to_q8 = qjax.quantizer("q8_0")
+    mixed = qjax.load(model, quantize=lambda name, w: to_q8(name, w) if name == "output.weight" else jnp.float16(w))
+    qjax.save(mixed, path)
     for _ in range(2):
         result = run("convert", path, path.with_name("again.bin"), "--type", "q4_0")
         assert result.code == 0
         assert "qjax: warning: output.weight is Q8_0 already and stays so: quantize from a float file\n" in result.err
     assert warnings.showwarning is before
+    run("convert", model, path, "--type", "q8_0")
+    result = run("convert", path, path.with_name("again.bin"), "--type", "q4_0")
+    assert result.code == 2
+    assert "every matrix is quantized already; quantize from a float file" in result.err
 
 
 def test_where_compiled_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_int8_kernels_agree(kind: str, rows: int) -> None:
     st.booleans(),
     st.integers(0, 999),
 )
-@settings(max_examples=40)
+@settings(max_examples=16)
 def test_native_kernel_at_any_size(kind: str, size: tuple[int, int, int], int8: bool, seed: int) -> None:
     rows, out, columns = size
     w, x = weight(kind, out, columns, seed), inputs(rows, columns, seed)
@@ -145,12 +145,26 @@ def test_stacked_weights_under_vmap_and_scan() -> None:
         assert error(scanned[i], matmul_reference(x, w)) < 2e-6
 
 
+@pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "IQ2_XXS"])
-def test_gradients_are_those_of_the_floats(kind: str) -> None:
-    w, x = weight(kind), inputs(2)
-    ours = jax.grad(lambda x: jnp.sum(jnp.sin(qmatmul(x, w))))(x)
-    theirs = jax.grad(lambda x: jnp.sum(jnp.sin(matmul_reference(x, w))))(x)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_gradients_are_those_of_the_floats(kind: str, rows: int, activations: str) -> None:
+    """The rounding of activations is differentiated straight through."""
+    w, x, up = weight(kind), inputs(rows), inputs(rows, 72, seed=1)
+    ours = jax.jit(jax.grad(lambda x: jnp.sum(up * qmatmul(x, w, activations=activations))))(x)
+    theirs = jax.grad(lambda x: jnp.sum(up * matmul_reference(x, w)))(x)
     assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_scales_can_be_learned(activations: str) -> None:
+    """The derivative by a float16 scale is the sum over its group, though its conversion is integer arithmetic."""
+    w, x = weight("Q4_0"), inputs(2)
+    product = lambda scale: jnp.sum(qmatmul(x, w.replace(scale=scale), activations=activations))
+    grads = jax.grad(product)(w.scale)
+    codes = np.asarray(w.codes(), np.float32).reshape(72, 16, 32)
+    expected = (codes * np.asarray(x).sum(0).reshape(16, 32)).sum(-1)
+    np.testing.assert_allclose(np.asarray(grads, np.float32), expected, rtol=2e-3, atol=0.1)
 
 
 @pytest.mark.parametrize("kind", [k for k in TYPES if k != "F32"])

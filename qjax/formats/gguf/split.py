@@ -44,17 +44,13 @@ def shard_paths(path: Path, header: Header) -> list[Path]:
             f"{path}: the name says {name_count} shards, split.count in the file says {header_count}: "
             "the shards are of different models, or misnamed"
         )
-    paths = [
-        path.with_name(f"{named['stem']}-{n:05d}-of-{name_count:05d}.gguf") for n in range(1, name_count + 1)
-    ]
+    paths = [path.with_name(f"{named['stem']}-{n:05d}-of-{name_count:05d}.gguf") for n in range(1, name_count + 1)]
     present = {entry.name for entry in path.parent.iterdir()}
     missing = [p.name for p in paths if p.name not in present]
     if path in paths and not missing:
         return paths
     if path not in paths:
-        raise FormatError(
-            f"{path}: the name says shard {named['number']} of {name_count}: the file is misnamed"
-        )
+        raise FormatError(f"{path}: the name says shard {named['number']} of {name_count}: the file is misnamed")
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise FormatError(
         f"{path}: shard {path.with_name(missing[0])}{more} is missing, expected {name_count} files in all"
@@ -73,18 +69,14 @@ def join_shards(paths: Sequence[Path], headers: Sequence[Header]) -> dict[str, T
         for key, expected in (("split.no", number), ("split.count", len(paths))):
             found = _integer(path, header, key, -1)
             if found != expected:
-                raise FormatError(
-                    f"{path}: {key} is {found}, expected {expected} by the file's name: it is misnamed"
-                )
+                raise FormatError(f"{path}: {key} is {found}, expected {expected} by the file's name: it is misnamed")
         for name, info in header.tensors.items():
             if name in tensors:
                 raise FormatError(f"{path}: tensor {shown(name)} stands in {tensors[name].path.name} already")
             tensors[name] = info
     total = _integer(paths[0], headers[0], "split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise FormatError(
-            f"{paths[0]}: the {len(paths)} shards hold {len(tensors)} tensors, expected {total}"
-        )
+        raise FormatError(f"{paths[0]}: the {len(paths)} shards hold {len(tensors)} tensors, expected {total}")
     return tensors
 
 

@@ -112,7 +112,5 @@ def type_of_name(name: str, where: str) -> GgmlType:
     """
     found = GGML_TYPES.get(name)
     if found is None:
-        raise UnsupportedError(
-            f"{where}: unknown tensor type {name!r}, expected one of {', '.join(GGML_TYPES)}"
-        )
+        raise UnsupportedError(f"{where}: unknown tensor type {name!r}, expected one of {', '.join(GGML_TYPES)}")
     return found

@@ -82,9 +82,7 @@ def write_gguf(
         metadata = {key: value for key, value in metadata.items() if key not in SPLIT_KEYS}
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not is_alignment(alignment):
-        raise FormatError(
-            f"{path}: general.alignment is {alignment!r}, expected a power of two up to {MAX_ALIGNMENT}"
-        )
+        raise FormatError(f"{path}: general.alignment is {alignment!r}, expected a power of two up to {MAX_ALIGNMENT}")
     types["general.alignment"] = "u32"
     sizes = [_check_tensor(path, tensor) for tensor in tensors]
     _check_names(path, tensors)
@@ -109,13 +107,10 @@ def _check_tensor(path: Path, tensor: TensorToWrite) -> int:
     kind = type_of_name(tensor.type, what)
     row = tensor.shape[-1] if tensor.shape else 1
     if len(tensor.shape) > MAX_DIMS or any(length < 1 for length in tensor.shape):
-        raise FormatError(
-            f"{what} has shape {tensor.shape}, expected up to {MAX_DIMS} dimensions, none of them empty"
-        )
+        raise FormatError(f"{what} has shape {tensor.shape}, expected up to {MAX_DIMS} dimensions, none of them empty")
     if row % kind.block_size:
         raise FormatError(
-            f"{what} has rows of {row} weights, expected a multiple of {kind.block_size}, the block size of "
-            f"{kind.name}"
+            f"{what} has rows of {row} weights, expected a multiple of {kind.block_size}, the block size of {kind.name}"
         )
     rows = 1
     for length in tensor.shape[:-1]:

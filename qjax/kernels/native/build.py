@@ -4,6 +4,7 @@ Nothing is built when qjax is installed: the compiler of the machine that runs k
 machine without one still has the portable kernels.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -19,6 +20,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
+from qjax.cache import cache_root
 from qjax.errors import QjaxWarning
 
 SOURCE = Path(__file__).with_name("qmatmul.cc")
@@ -27,10 +29,18 @@ COMPILERS = ("c++", "g++", "clang++")
 TARGET = "qjax_qmatmul"
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept; QJAX_CACHE names another folder."""
-    named = os.environ.get("QJAX_CACHE", "")
-    return (Path(named) if named not in ("", "off") else Path.home() / ".cache" / "qjax") / "native"
+@functools.cache
+def _folder_of_this_process() -> Path:
+    """For a user without a cache: a private folder that goes away with the process."""
+    folder = tempfile.mkdtemp(prefix="qjax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def library_folder() -> Path:
+    """Where compiled libraries are kept."""
+    root = cache_root()
+    return _folder_of_this_process() if root is None else root / "native"
 
 
 def _compiler() -> list[str] | None:
@@ -52,7 +62,7 @@ def _cpu() -> str:
 def library_path(compiler: list[str]) -> Path:
     """Path of the library for this source, compiler, jaxlib and CPU."""
     parts = (SOURCE.read_text(), *FLAGS, *compiler, jaxlib.version.__version__, platform.machine(), _cpu())
-    return cache_folder() / f"qmatmul-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    return library_folder() / f"qmatmul-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
 def build() -> Path:
