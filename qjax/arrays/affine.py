@@ -72,6 +72,8 @@ class AffineArray(GroupedArray):
     def codes(self) -> Integer[Array, "... out in"]:
         codes = unpack(self.planes, self.layout)
         if self.bits == 8:
+            if self.offset not in (0, 128):
+                raise ValueError(f"expected offset 0 or 128 of 8-bit codes, got {self.offset}")
             return lax.bitcast_convert_type(codes, jnp.int8) if self.offset == 128 else codes
         return codes.astype(jnp.int8) - np.int8(self.offset)
 

@@ -78,6 +78,12 @@ class QuantizedArray(abc.ABC):
             return f"{type(self).__name__}(...)"
 
 
+@jax.jit
+def _map_scales(halves: Any) -> Any:
+    """(scales, minimums) of each half; jitted, so that calls outside of jit do not compile a loop anew each time."""
+    return lax.map(lambda half: (half.scales(), half.minimums()), halves)
+
+
 class GroupedArray(QuantizedArray):
     """Codes with a scale (and perhaps a minimum) for each group of consecutive columns.
 
@@ -115,8 +121,7 @@ class GroupedArray(QuantizedArray):
         if leaves[0].ndim != 2 or rows % 2:
             return self.scales(), self.minimums()
         halves = jax.tree.map(lambda leaf: leaf.reshape(2, rows // 2, -1), without_codes)
-        found = lax.map(lambda half: (half.scales(), half.minimums()), halves)
-        return jax.tree.map(lambda values: values.reshape(rows, -1), found)
+        return jax.tree.map(lambda values: values.reshape(rows, -1), _map_scales(halves))
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "... out in"]:
         codes, (scales, minimums) = self.codes(), self.group_scales()

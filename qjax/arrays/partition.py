@@ -50,8 +50,8 @@ class Partitioned:
         return f"Partitioned({self.weight!r}, {self.side}_features over {self.axis!r})"
 
 
-def partition(weight: QuantizedArray, mesh: Mesh, axis: str, side: Side = "out") -> Partitioned:
-    """Cut a 2-D packed weight over one axis of a mesh and put its parts there.
+def partition(weight: Any, mesh: Mesh, axis: str, side: Side = "out") -> Partitioned:
+    """Cut a 2-D packed or float weight over one axis of a mesh and put its parts there.
 
     Raises:
       ValueError: the axis' size does not divide the rows, or the columns on group borders.
@@ -63,9 +63,10 @@ def partition(weight: QuantizedArray, mesh: Mesh, axis: str, side: Side = "out")
     if side == "out" and rows % parts:
         raise ValueError(f"cannot cut {rows} rows into {parts} equal parts over mesh axis {axis!r}")
     if side == "in":
-        if columns % (parts * weight.column_unit):
+        unit = weight.column_unit if isinstance(weight, QuantizedArray) else 1
+        if columns % (parts * unit):
             raise ValueError(
-                f"cannot cut {columns} columns into {parts} equal parts on borders of {weight.column_unit} "
+                f"cannot cut {columns} columns into {parts} equal parts on borders of {unit} "
                 f"(mesh axis {axis!r}): cut along out_features, or use fewer devices"
             )
         if any(leaf.shape[-1] % parts for leaf in jax.tree.leaves(weight)):

@@ -8,6 +8,7 @@ of the output's largest value), so it is a named choice: `activations="int8"`.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
@@ -25,6 +26,7 @@ def quantize_activations(
     return jnp.round(grouped * inverse[..., None]).astype(jnp.int8), scale
 
 
+@jax.jit
 def matmul_int8_few(x: Float[Array, "rows in"], weight: GroupedArray) -> Float[Array, "rows out"]:
     """For few rows: each group's integer dot product as a multiply and a sum that XLA fuses with the unpacking."""
     qx, sx = quantize_activations(x, weight.group_size)
@@ -40,9 +42,10 @@ def matmul_int8_few(x: Float[Array, "rows in"], weight: GroupedArray) -> Float[A
             y = y + minimums @ (s * jnp.sum(wide, axis=-1).astype(jnp.float32))
         return y
 
-    return jnp.stack([row(qx[i], sx[i]) for i in range(x.shape[0])])
+    return jnp.stack([row(qx[i], sx[i]) for i in range(x.shape[0])]) if x.shape[0] else jnp.zeros((0, out), jnp.float32)
 
 
+@jax.jit
 def matmul_int8_many(x: Float[Array, "rows in"], weight: Any) -> Float[Array, "rows out"]:
     """For many rows: the same rounding of x, multiplied as floats tile by tile.
 

@@ -7,7 +7,7 @@ serves the case wins; `explain` tells which one that is.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,13 @@ KERNELS: list[Kernel] = [
 
 
 def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel:
-    """The kernel that `qmatmul` uses for this weight and this many rows of x."""
+    """The kernel that `qmatmul` uses for this weight and this many rows of x.
+
+    Raises:
+      ValueError: an unknown choice of activations.
+    """
+    if activations not in get_args(Activations):
+        raise ValueError(f"expected activations of {get_args(Activations)}, got {activations!r}")
     for kernel in KERNELS:
         if kernel.serves(weight, rows, activations):
             return kernel
@@ -91,6 +97,9 @@ def qmatmul(
 ) -> Float[Array, "*batch out"]:
     """x @ dequantize(weight).T with the weight kept packed.
 
+    A weight that is to be cut over devices must be a `Partitioned` one: of a weight that was merely put there with a
+    sharding, the compiler gathers the packed bytes first.
+
     Args:
       x: float activations; computed in float32, returned in x's dtype.
       weight: a QuantizedArray or float array [out, in], or a Partitioned one, for which the kernel runs inside a
@@ -107,7 +116,8 @@ def qmatmul(
         y = _sharded(flat, weight, activations)
     else:
         y = select(weight, flat.shape[0], activations).run(flat, weight)
-    return y.reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    return y.reshape(*x.shape[:-1], weight.shape[0]).astype(dtype)
 
 
 def _sharded(x: Float[Array, "rows in"], weight: Partitioned, activations: Activations) -> Float[Array, "rows out"]:

@@ -46,6 +46,7 @@ def tile_rows(rows: int, shape: tuple[int, ...]) -> int:
     return out if out <= 8 else min(wanted, max(8, out // 32 * 8))
 
 
+@jax.jit
 def matmul_tiles(x: Float[Array, "rows in"], weight: Any) -> Float[Array, "rows out"]:
     """float32 x @ dequantize(weight).T, holding the floats of one tile of the weight at a time."""
     out = weight.shape[0]

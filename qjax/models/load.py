@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.arrays import QuantizedArray, RawBlockArray
+from qjax.arrays import Partitioned, QuantizedArray, RawBlockArray
 from qjax.errors import FormatError, QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import GGUFFile, from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
@@ -129,6 +129,7 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
     """(name in the file, array) of each tensor of a model: what `load_gguf` read, with NVFP4's `.scale` set apart."""
 
     def split(name: str, array: Any) -> Iterator[tuple[str, Any]]:
+        array = array.weight if isinstance(array, Partitioned) else array
         yield name, array
         if isinstance(array, RawBlockArray) and array.tensor_scale is not None:
             yield name.removesuffix(".weight") + ".scale", np.asarray(array.tensor_scale).reshape(-1)[:1]

@@ -210,6 +210,16 @@ def test_dequantize_rounds_to_other_dtypes() -> None:
         np.testing.assert_array_equal(half, array.dequantize().astype(dtype))
 
 
+def test_no_gguf_type_holds_other_scales() -> None:
+    from qjax.errors import UnsupportedError
+
+    for kind in ("Q4_0", "Q4_K", "IQ4_NL"):
+        array = from_blocks(kind, finite(kind, 8, 512))
+        cast = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a, array)
+        with pytest.raises(UnsupportedError, match="without loss"):
+            to_blocks(cast)
+
+
 def test_channel_scale_is_a_group() -> None:
     """group = channel: one scale a row."""
     codes = np.random.default_rng(0).integers(-127, 128, (8, 96), dtype=np.int8)

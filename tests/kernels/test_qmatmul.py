@@ -83,6 +83,49 @@ def test_native_kernel_of_hostile_numbers() -> None:
     np.testing.assert_array_equal(qmatmul(x[:1], w, activations="int8"), np.zeros((1, 72)))
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K"])
+def test_nan_is_not_rounded_away(kind: str) -> None:
+    x = inputs(2).at[1, 3].set(jnp.nan)
+    y = np.asarray(qmatmul(x, weight(kind), activations="int8"))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+@pytest.mark.parametrize("which", ["all", "minimum"])
+def test_scales_of_another_dtype(kind: str, which: str) -> None:
+    """A cast of the scales changes the kernel, not the result."""
+    w = weight(kind)
+    cast = lambda a: a.astype(jnp.float32) if a.dtype == jnp.float16 else a
+    if which == "all":
+        w = jax.tree.map(cast, w)
+    elif getattr(w, "minimum", None) is not None:
+        w = w.replace(minimum=cast(w.minimum))
+    x = inputs(1)
+    assert error(qmatmul(x, w), matmul_reference(x, w)) < 2e-6
+
+
+def test_calls_outside_of_jit_compile_once() -> None:
+    w = weight("Q4_K")
+    for rows in (1, 16):
+        x = inputs(rows)
+        qmatmul(x, w)
+        w.dequantize()
+        compiled: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+        )
+        qmatmul(x, w)
+        w.dequantize()
+        assert compiled == []
+
+
+def test_unknown_activations_are_refused() -> None:
+    # A ValueError; here the annotation is checked before.
+    with pytest.raises(Exception, match="INT8"):
+        qmatmul(inputs(1), weight("Q4_0"), activations="INT8")
+
+
 @pytest.mark.parametrize("out", [1, 7, 8, 9, 129, 515, 700])
 @pytest.mark.parametrize("rows", [1, 64])
 def test_tiles_cover_any_number_of_rows(out: int, rows: int) -> None:

@@ -196,6 +196,15 @@ def from_blocks(type_name: str, raw: Bytes, put: Callable[[np.ndarray], Any] = j
     return kind.family(planes=planes, **rest, **kind.static)  # pyright: ignore[reportCallIssue]
 
 
+def _leaf(array: Any, leaf: str) -> Any:
+    """A leaf by its name in BLOCK_TYPES."""
+    return array.planes[int(leaf[-2])] if leaf.startswith("planes") else getattr(array, leaf)
+
+
+def _has(array: Any, leaf: str) -> bool:
+    return leaf.startswith("planes") or getattr(array, leaf) is not None
+
+
 def type_of(array: Any) -> str:
     """ggml's name of the type that stores this array as it is.
 
@@ -213,6 +222,8 @@ def type_of(array: Any) -> str:
         if type(array) is not kind.family:
             continue
         if any(getattr(array, key) != value for key, value in kind.static.items()):
+            continue
+        if any(_leaf(array, field.leaf).dtype != field.dtype for field in kind.fields if _has(array, field.leaf)):
             continue
         wanted = {field.leaf for field in kind.fields}
         held = {leaf for leaf in _LEAVES[kind.family] if getattr(array, leaf) is not None}
@@ -233,11 +244,7 @@ def to_blocks(array: Any) -> Bytes:
     kind = BLOCK_TYPES[name]
     parts = []
     for field in kind.fields:
-        if field.leaf.startswith("planes"):
-            leaf = array.planes[int(field.leaf[-2])]
-        else:
-            leaf = getattr(array, field.leaf)
-        data = np.ascontiguousarray(np.asarray(leaf)).view(np.uint8)
+        data = np.ascontiguousarray(np.asarray(_leaf(array, field.leaf))).view(np.uint8)
         data = _reorder(field.leaf, data, kind, to_memory=False)
         parts.append(data.reshape(*data.shape[:-1], -1, field.nbytes))
     blocks = np.concatenate(parts, axis=-1)

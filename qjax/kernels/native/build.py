@@ -38,9 +38,16 @@ def _folder_of_this_process() -> Path:
 
 
 def library_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept: a folder that is there and can be written, or read."""
     root = cache_root()
-    return _folder_of_this_process() if root is None else root / "native"
+    if root is None:
+        return _folder_of_this_process()
+    folder = root / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return _folder_of_this_process()
+    return folder if os.access(folder, os.W_OK) or any(folder.glob("*.so")) else _folder_of_this_process()
 
 
 def _compiler() -> list[str] | None:
@@ -61,7 +68,8 @@ def _cpu() -> str:
 
 def library_path(compiler: list[str]) -> Path:
     """Path of the library for this source, compiler, jaxlib and CPU."""
-    parts = (SOURCE.read_text(), *FLAGS, *compiler, jaxlib.version.__version__, platform.machine(), _cpu())
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))]
+    parts = (SOURCE.read_text(), *sources, *FLAGS, *compiler, jaxlib.version.__version__, platform.machine(), _cpu())
     return library_folder() / f"qmatmul-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
@@ -77,15 +85,15 @@ def build() -> Path:
     path = library_path(compiler)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     command = [*compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", temporary]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=300)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
             raise subprocess.SubprocessError(f"{compiler[0]} failed: {lines[0].strip()}")
+        Path(temporary).chmod(0o755)  # a cache may be shared by users
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -103,7 +111,7 @@ def available() -> bool:
     try:
         library = ctypes.CDLL(str(build()))
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: CXX is no command
         reason = " ".join(str(error).split())
         message = f"no native CPU kernels, decoding on CPU is slower: {reason} (QJAX_NATIVE=0 is silent)"
         warnings.warn(message, QjaxWarning, stacklevel=2)

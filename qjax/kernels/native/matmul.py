@@ -1,5 +1,6 @@
 """The C++ kernel as a JAX function: every grouped family and 16-bit floats, few rows of x, on CPU."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,18 +24,23 @@ def _layout_known(layout: Layout) -> bool:
 
 
 def _scales(weight: GroupedArray) -> tuple[str, list[Any]] | None:
-    """qmatmul.cc's name for how the scales lie, and their leaves; None if it knows no such kind."""
+    """qmatmul.cc's name for how the scales lie, and their leaves; None if it knows no such kind or dtype."""
     if isinstance(weight, TwoLevelArray):
-        minimum = [] if weight.super_minimum is None else [weight.super_minimum]
-        return weight.packing, [weight.super_scale, weight.sub_scales, *minimum]
+        floats = [leaf for leaf in (weight.super_scale, weight.super_minimum) if leaf is not None]
+        found = weight.packing, [weight.super_scale, weight.sub_scales, *floats[1:]]
+        return found if all(leaf.dtype == jnp.float16 for leaf in floats) else None
     if isinstance(weight, CodebookArray):
-        if weight.scale_kind == "two_level":
-            return "iq4_xs", [weight.scale, weight.sub_scales]
-        return ("e8m0" if weight.scale_kind == "e8m0" else "half"), [weight.scale]
+        if weight.scale_kind == "e8m0":
+            return ("e8m0", [weight.scale]) if weight.scale.dtype == jnp.uint8 else None
+        if weight.scale.dtype != jnp.float16:
+            return None
+        two_level = weight.scale_kind == "two_level"
+        return ("iq4_xs", [weight.scale, weight.sub_scales]) if two_level else ("half", [weight.scale])
     if isinstance(weight, AffineArray):
         kind = {"float16": "half", "float32": "float"}.get(str(weight.scale.dtype))
-        minimum = [] if weight.minimum is None else [weight.minimum]
-        return None if kind is None else (kind, [weight.scale, *minimum])
+        leaves = [leaf for leaf in (weight.scale, weight.minimum) if leaf is not None]
+        same = all(leaf.dtype == weight.scale.dtype for leaf in leaves)
+        return None if kind is None or not same else (kind, leaves)
     return None
 
 
@@ -68,6 +74,12 @@ def matmul_native(
       int8: round x to int8 by groups of the weight, as `kernels.int8` does.
       elsewhere: the kernel for the other platforms that this program may be lowered to.
     """
+    return _product(int8, elsewhere)(x, weight)
+
+
+@functools.cache
+def _product(int8: bool, elsewhere: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """One function for each choice, so that calls outside of jit find what they compiled before."""
 
     @jax.custom_jvp
     def matmul(x: Any, weight: Any) -> Any:
@@ -77,7 +89,7 @@ def matmul_native(
     def _(primals: Any, tangents: Any) -> Any:
         return matmul(*primals), jax.jvp(elsewhere, primals, tangents)[1]
 
-    return matmul(x, weight)
+    return jax.jit(matmul)
 
 
 def _call(x: Float[Array, "rows in"], weight: Any, *, int8: bool) -> Float[Array, "rows out"]:
