@@ -113,7 +113,7 @@ def test_calls_outside_of_jit_compile_once() -> None:
         w.dequantize()
         compiled: list[str] = []
         jax.monitoring.register_event_duration_secs_listener(
-            lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+            lambda event, _, into=compiled, **__: into.append(event) if "backend_compile" in event else None
         )
         qmatmul(x, w)
         w.dequantize()
