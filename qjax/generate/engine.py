@@ -2,6 +2,9 @@
 
 Prompts go through the model in chunks of two fixed sizes, padded at the end, so that any prompt needs at most three
 compiled programs a kind of layer (large chunk, small chunk, one token).
+
+The cache starts with room for the prompt and a few new tokens and doubles when it is full: attention reads every slot,
+so that a step's time and memory follow what was written so far, not what may be.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +20,14 @@ from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
 from qjax.kernels import Activations
 from qjax.models import KVCache, ModelConfig, forward, init_cache
+from qjax.models.cache import grow_cache
 
 LARGE_CHUNK, SMALL_CHUNK = 512, 32
 # What is left of a prompt goes through one padded large chunk rather than this many small ones.
 SMALL_CHUNKS_AT_MOST = 6
 SLOT_UNIT = 256
+# New tokens that the cache of `generate_ids` has room for at the start.
+NEW_SLOTS = 256
 
 Params = dict[str, Any]
 
@@ -39,7 +45,18 @@ def chunk_sizes(length: int) -> list[int]:
 def slots_for(prompt: int, new: int) -> int:
     """Cache slots for a prompt with its padding and for `new` tokens, rounded up so that few sizes are compiled."""
     needed = max(prompt + new, sum(chunk_sizes(prompt)))
-    return -(-needed // SLOT_UNIT) * SLOT_UNIT
+    return _whole_units(needed)
+
+
+def _whole_units(slots: int) -> int:
+    return -(-slots // SLOT_UNIT) * SLOT_UNIT
+
+
+def _with_room(cache: KVCache, length: int, context: int) -> KVCache:
+    """The cache itself, or one of twice the slots (no more than the context has) if `length` positions fill it."""
+    if length < cache.slots:
+        return cache
+    return grow_cache(cache, max(min(2 * cache.slots, _whole_units(context)), cache.slots + SLOT_UNIT))
 
 
 def prefill(
@@ -107,17 +124,21 @@ def decode(
 ) -> Iterator[np.ndarray]:
     """Up to `steps` tokens of each row, as int32 [batch] arrays, one step at a time.
 
-    The next step is under way before a token is handed out, so that reading it does not make the device wait.
+    The next step is under way before a token is handed out, so that reading it does not make the device wait. A cache
+    that is full grows.
     """
     mask = np.zeros(logits.shape, bool)
     for row, prompt in zip(mask, prompts, strict=True):
         row[np.asarray(prompt)] = True
     seen, key = jnp.asarray(mask), jax.random.key(seed)
+    # Counted here, since reading it from the device would wait for each step.
+    longest = int(cache.length.max())
     for step in range(steps):
         token, seen, key = choose(logits, seen, key, sampler=sampler)
         if step + 1 < steps:
-            logits, held = _step(params, config, token, cache, activations)
-            cache = held
+            cache = _with_room(cache, longest, config.context)
+            logits, cache = _step(params, config, token, cache, activations)
+            longest += 1
         yield np.asarray(token)
 
 
@@ -150,12 +171,15 @@ def generate_ids(
         raise QjaxError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest + max_tokens > config.context:
+        room = config.context - longest
+        way_out = f"ask for at most {room} (max_tokens, -n {room}), or give a shorter prompt"
         raise QjaxError(
-            f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}"
+            f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}: "
+            + (way_out if room > 0 else "give a shorter prompt")
         )
     if any(not 0 <= token < config.vocab for prompt in prompts for token in prompt):
         raise QjaxError(f"a token id is not in the model's vocabulary of {config.vocab}")
-    cache = init_cache(config, len(prompts), slots_for(longest, max_tokens), cache_dtype)
+    cache = init_cache(config, len(prompts), slots_for(longest, min(max_tokens, NEW_SLOTS)), cache_dtype)
     logits, cache = prefill(params, config, prompts, cache, activations=activations)
     yield from decode(
         params,

@@ -45,3 +45,13 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.flo
         values=tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
         length=jnp.zeros(batch, jnp.int32),
     )
+
+
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """The same cache with room for `slots` positions, at least as many as it has: the new ones hold zeros."""
+    more = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
+    return KVCache(
+        keys=tuple(jnp.pad(array, more) for array in cache.keys),
+        values=tuple(jnp.pad(array, more) for array in cache.values),
+        length=cache.length,
+    )

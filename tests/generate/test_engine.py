@@ -1,5 +1,6 @@
 """The loops against the plain forward: same tokens, whatever the chunks, the batch and the cache."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,8 +112,50 @@ def test_a_repetition_penalty_sees_prompt_and_answer(made: Any) -> None:
 def test_the_context_may_be_filled_and_not_more(made: Any) -> None:
     prompt = prompt_of(made.config.context - 3)
     assert len(texts(made, [prompt], 3)[0]) == 3
-    with pytest.raises(QjaxError, match="637 prompt tokens and 4 new ones exceed the model's context of 640"):
+    with pytest.raises(QjaxError, match=r"637 .* 4 new ones exceed the model's context of 640: .* at most 3 .*-n 3"):
         texts(made, [prompt, [1]], 4)
+    with pytest.raises(QjaxError, match="exceed the model's context of 640: give a shorter prompt"):
+        texts(made, [prompt_of(made.config.context)], 1)
+
+
+def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[int], n: int) -> list[int]:
+    """The cache's slots in each step of decoding."""
+    seen = []
+
+    def spy(params: Any, config: Any, tokens: Any, cache: Any, **options: Any) -> Any:
+        if tokens.shape[1] == 1:
+            seen.append(cache.slots)
+        return forward(params, config, tokens, cache, **options)
+
+    monkeypatch.setattr(engine, "forward", spy)
+    texts(made, [prompt], n)
+    return seen
+
+
+def test_the_cache_grows_when_it_is_full(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By doubling, to what the context needs (768 slots for 640), whatever may come."""
+    prompt, n = prompt_of(3), 600
+    # The first token comes from the prompt; the step that would fill slot 512 has more.
+    assert slots_of_steps(made, monkeypatch, prompt, n) == [512] * (512 - 3) + [768] * (n - 1 - 512 + 3)
+    assert slots_of_steps(made, monkeypatch, prompt, 2) == [256]
+
+
+def test_a_large_context_costs_nothing_until_it_is_used(made: Any) -> None:
+    """A cache for all of these tokens would take gigabytes."""
+    config = dataclasses.replace(made.config, context=(1 << 24) - 1)
+    steps = generate_ids(made.params, config, [[1]], max_tokens=(1 << 24) - 2)
+    assert next(steps).tolist() == next(generate_ids(made.params, made.config, [[1]], max_tokens=1)).tolist()
+
+
+def test_a_cache_that_grew_gives_the_same_tokens(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt_of(230), prompt_of(9, seed=1)]
+    whole = texts(made, prompts, 60)
+    monkeypatch.setattr(engine, "NEW_SLOTS", 1)
+    monkeypatch.setattr(engine, "SLOT_UNIT", 16)
+    monkeypatch.setattr(engine, "LARGE_CHUNK", 256)
+    assert slots_for(230, 1) == 256
+    assert texts(made, prompts, 60) == whole
+    assert texts(made, prompts[:1], 60) == whole[:1]
 
 
 @pytest.mark.parametrize(
