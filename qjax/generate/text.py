@@ -30,13 +30,14 @@ def stream_text(
     max_tokens: int,
     sampler: Sampler,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     cache_dtype: Any = jnp.float16,
     activations: Activations = "float",
 ) -> Iterator[Piece]:
     """Continue a prompt of token ids until an end-of-generation token, a stop string, or `max_tokens`.
 
-    The stop string and the end token are not part of the text. Raises what `generate_ids` raises.
+    `stop` is one stop string or several. It and the end token are not part of the text. Raises what
+    `generate_ids` raises.
     """
     steps = generate_ids(
         params,
@@ -48,7 +49,9 @@ def stream_text(
         cache_dtype=cache_dtype,
         activations=activations,
     )
-    decoder, stops = StreamDecoder(tokenizer, continuing=True), StopStrings(stop)
+    # A str is a sequence of characters too, each of which would stop the text.
+    stops = StopStrings([stop] if isinstance(stop, str) else stop)
+    decoder = StreamDecoder(tokenizer, continuing=True)
     for row in steps:
         token = int(row[0])
         if token in tokenizer.eog_ids:

@@ -55,10 +55,12 @@ def test_an_end_token_ends_and_is_not_text(made: Any, saying: Saying) -> None:
         (["xyz", "h"], "abcdefg", 8),
         (["hi"], "abcdefgh", 8),
         ([], "abcdefgh", 8),
+        # One string, not its characters.
+        ("de", "abc", 5),
     ],
 )
 def test_a_stop_string_ends_and_is_not_text(
-    made: Any, saying: Saying, stop: list[str], shown: str, tokens: int
+    made: Any, saying: Saying, stop: str | list[str], shown: str, tokens: int
 ) -> None:
     got = pieces(made, saying(letters(made, "abcdefgh")), 8, stop=stop)
     assert text(got) == shown
@@ -81,3 +83,5 @@ def test_characters_come_whole(made: Any, saying: Saying) -> None:
 def test_nothing_is_computed_for_an_empty_stop_string(made: Any, saying: Saying) -> None:
     with pytest.raises(QjaxError, match="stop string is empty"):
         pieces(made, saying(letters(made, "ab")), 2, stop=[""])
+    with pytest.raises(QjaxError, match="stop string is empty"):
+        pieces(made, saying(letters(made, "ab")), 2, stop="")
