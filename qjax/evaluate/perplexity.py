@@ -68,11 +68,20 @@ def perplexity(
       progress: called as (chunks done, chunks, perplexity so far).
 
     Raises:
-      QjaxError: the text is shorter than one chunk, or n_ctx is odd or out of range.
+      QjaxError: the text is shorter than one chunk, n_ctx is odd or out of range, or an id is not in the vocabulary.
     """
     if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
         raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")
-    tokens = np.asarray(ids, np.int32)
+    wide = np.asarray(ids, np.int64)
+    used = wide if bos_id is None else np.append(wide, bos_id)
+    # A gather would give NaN for these.
+    unknown = used[(used < 0) | (used >= config.vocab)]
+    if unknown.size:
+        raise QjaxError(
+            f"token id {unknown[0]} is not in the model's vocabulary of {config.vocab}: "
+            "the tokenizer is not this model's"
+        )
+    tokens = wide.astype(np.int32)
     available = len(tokens) // n_ctx
     if available < 1:
         raise QjaxError(f"the text has {len(tokens)} tokens, fewer than one chunk of {n_ctx}: give a longer one")

@@ -142,6 +142,15 @@ def test_text_without_a_chunk(params: dict[str, Any], ids: list[int]) -> None:
             perplexity(params, CONFIG, ids[:length], n_ctx=N_CTX)
 
 
+@pytest.mark.parametrize("wrong", [CONFIG.vocab, -1, 2**40])
+def test_ids_that_the_embedding_lacks(params: dict[str, Any], ids: list[int], wrong: int) -> None:
+    words = f"token id {wrong} is not in the model's vocabulary of {CONFIG.vocab}"
+    with pytest.raises(QjaxError, match=words):
+        perplexity(params, CONFIG, [*ids[:40], wrong, *ids[40:]], n_ctx=N_CTX)
+    with pytest.raises(QjaxError, match=words):
+        perplexity(params, CONFIG, ids, n_ctx=N_CTX, bos_id=wrong)
+
+
 @pytest.mark.parametrize("chunks", [0, -1])
 def test_no_chunks_asked_for(params: dict[str, Any], ids: list[int], chunks: int) -> None:
     with pytest.raises(QjaxError, match=f"at least one chunk, got {chunks}"):
