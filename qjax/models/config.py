@@ -123,7 +123,8 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab: int) -> ModelConfig:
     # As llama.cpp has it: linear where only a factor is named (once under another key), a factor of 0 meaning none.
     scaling = read.get("rope.scaling.type", str, "linear")
     if scaling not in ("none", "linear"):
-        raise UnsupportedError(f"{arch}: rope scaling {scaling!r} is not known; known are none, linear, llama3")
+        known = "none, linear (and Llama 3's, by rope_freqs.weight)"
+        raise UnsupportedError(f"{arch}: rope scaling {scaling!r} is not known; known are {known}")
     factor = read.get("rope.scaling.factor", float, read.get("rope.scale_linear", float, 1.0)) or 1.0
     if scaling == "none":
         factor = 1.0
