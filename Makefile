@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types interop slow bench train clean
+.PHONY: setup demo test lint interop slow bench train clean
 
 setup: $(STAMP)
 
