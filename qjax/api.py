@@ -36,6 +36,8 @@ QUANTIZE_TYPES: dict[str, int] = {
     "bf16": 32,
 }
 
+DEFAULT_TOKENS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -71,23 +73,30 @@ class Model:
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int = 128,
+        max_tokens: int | None = DEFAULT_TOKENS,
         temperature: float | int = 0.8,
         top_k: int | None = None,
         top_p: float | int = 1.0,
         min_p: float | int = 0.0,
         repetition_penalty: float | int = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         cache_dtype: Any = jnp.float16,
         activations: Activations = "float",
     ) -> Iterator[Piece]:
         """Continue a prompt (text or token ids): pieces of text with the token ids they came from.
 
+        Args:
+          max_tokens: None for 128, or for as many as the context leaves if these are fewer.
+          stop: a string, or several, before which the text ends.
+
         Raises:
           QjaxError: a sampling number out of range, or a prompt and answer longer than the model's context.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if max_tokens is None:
+            # At least one, so that a prompt which leaves nothing is an error.
+            max_tokens = max(min(DEFAULT_TOKENS, self.config.context - len(ids)), 1)
         sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
@@ -201,10 +210,17 @@ def save(model: Model, path: str | Path) -> Path:
     return Path(path)
 
 
-def convert(source: str | Path, target: str | Path, *, quantize: str | None = None) -> Path:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    quantize: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
     """Rewrite a GGUF file, tensor by tensor through packed arrays: the same bytes, or float matrices quantized.
 
-    One tensor is in memory at a time. A split source becomes one file.
+    One tensor is in memory at a time. A split source becomes one file. `progress` is told each tensor's name once its
+    bytes are made.
 
     Raises:
       QjaxError: the source cannot be read, or `quantize` names no type with an encoder.
@@ -215,15 +231,17 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
     if kind_wanted is not None:
         _check_quantizable(file)
 
-    def rewritten(name: str, kind: str) -> Callable[[], np.ndarray]:
-        def data() -> np.ndarray:
-            array = read_array(file, name, np.asarray, apply_scale=False)
-            if kind != file.tensors[name].type:
-                w = np.asarray(array, np.float32)
-                check_finite(name, w)
-                return np.asarray(_encoded(kind, w))
-            return to_blocks(array)
+    def rewritten(name: str, kind: str) -> np.ndarray:
+        array = read_array(file, name, np.asarray, apply_scale=False)
+        if kind != file.tensors[name].type:
+            w = np.asarray(array, np.float32)
+            check_finite(name, w)
+            return np.asarray(_encoded(kind, w))
+        return to_blocks(array)
 
+    def made(name: str, kind: str, kept: bool) -> np.ndarray:
+        data = file.raw(name) if kept else rewritten(name, kind)
+        progress(name)
         return data
 
     tensors, types = [], []
@@ -237,8 +255,7 @@ def convert(source: str | Path, target: str | Path, *, quantize: str | None = No
         types.append(kind)
         # In memory float64 becomes float32.
         kept = kind == info.type and kind in ("F64", *(GGML_TYPES.keys() - READABLE_TYPES))
-        data = functools.partial(file.raw, name) if kept else rewritten(name, kind)
-        tensors.append(TensorToWrite(name, info.shape, kind, data))
+        tensors.append(TensorToWrite(name, info.shape, kind, functools.partial(made, name, kind, kept)))
     metadata = dict(file.metadata)
     if quantize is not None:
         _set_file_type(metadata, types, [tensor.shape for tensor in tensors])

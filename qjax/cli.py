@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quantize", metavar="TYPE", help="quantize float matrices while loading, e.g. q8_0")
 
     def sampling(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("-n", "--max-tokens", type=_positive, default=128, help="default: 128")
+        sub.add_argument("-n", "--max-tokens", type=_positive, help="default: 128, or what the context leaves")
         sub.add_argument("--temperature", type=_number, default=0.8, help="0 is greedy; default: 0.8")
         sub.add_argument("--top-k", type=_natural, default=0, help="default: 0, all")
         sub.add_argument("--top-p", type=_number, default=1.0, help="default: 1, all")
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("target", help="the file to write")
     sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
+    json_flag(sub)
 
     sub = command("demo", "The embedded model at several types: memory, perplexity, speed.", "qjax demo", model=False)
     sub.add_argument("--out", default="out", metavar="FOLDER", help="where the plot goes; default: out")
@@ -202,8 +203,12 @@ def _generate(args: argparse.Namespace) -> None:
     if args.json:
         emit_json(result)
     else:
-        speed = f"{result['tokens_per_second']:.1f} tokens/s, first after {result['first_token_seconds']:.2f} s"
-        console.print(f"[{len(result['ids'])} tokens, {speed}]", style="dim", markup=False)
+        facts = [f"{len(result['ids'])} tokens"]
+        # Of two tokens no speed is known.
+        if result["tokens_per_second"]:
+            facts.append(f"{result['tokens_per_second']:.1f} tokens/s")
+        facts.append(f"first after {result['first_token_seconds']:.2f} s")
+        console.print(f"[{', '.join(facts)}]", style="dim", markup=False)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -280,10 +285,14 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
-    from qjax.runs.console import console
+    from qjax.runs.console import console, emit_json, progress_bar
 
-    path = convert(args.model, args.target, quantize=args.type)
-    console.print(f"wrote {path}", markup=False)
+    with progress_bar(f"writing {args.target}") as advance:
+        path = convert(args.model, args.target, quantize=args.type, progress=lambda _: advance())
+    if args.json:
+        emit_json({"path": str(path), "bytes": path.stat().st_size})
+    else:
+        console.print(f"wrote {path}", markup=False)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -98,7 +98,9 @@ def test_files_of_llama_cpp_come_back_whole(interop: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "bf16", "f32"])
 def test_conversion_encodes_as_gguf_does(f16: Path, name: str, tmp_path: Path) -> None:
     target = tmp_path / "target.gguf"
-    qjax.convert(f16, target, quantize=name)
+    told: list[str] = []
+    qjax.convert(f16, target, quantize=name, progress=told.append)
+    assert told == list(open_gguf(f16).tensors)
     kind = gguf.GGMLQuantizationType[name.upper()]
     got, reader = read(target), gguf.GGUFReader(f16)
     assert set(got) == {tensor.name for tensor in reader.tensors}

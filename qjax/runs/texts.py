@@ -40,29 +40,39 @@ def generate(model: api.Model, prompt: str, *, as_json: bool, echo: bool, **opti
     """Stream a continuation to stdout (or nothing, for JSON); give text, ids and speed."""
     ids = model.encode(prompt)
     start = time.perf_counter()
-    first, made, pieces = 0.0, [], []
+    made, pieces, arrivals = [], [], []
     if echo and not as_json:
         emit(prompt)
     for piece in model.stream(ids, **options):
-        first = first or time.perf_counter()
         pieces.append(piece.text)
         if piece.id is not None:
             made.append(piece.id)
+            arrivals.append(time.perf_counter())
         if not as_json:
             emit(piece.text)
     end = time.perf_counter()
     if not as_json:
         emit("\n")
-    # Of decoding alone: the first token belongs to the prompt's run.
-    rate = (len(made) - 1) / (end - first) if len(made) > 1 else 0.0
     return {
         "text": "".join(pieces),
         "ids": made,
         "prompt_tokens": len(ids),
         "seconds": end - start,
-        "tokens_per_second": rate,
-        "first_token_seconds": first - start if first else 0.0,
+        "tokens_per_second": decode_rate(arrivals),
+        "first_token_seconds": arrivals[0] - start if arrivals else 0.0,
     }
+
+
+def decode_rate(arrivals: Sequence[float]) -> float:
+    """Tokens a second of decoding alone, from the times at which tokens came; 0 for fewer than three.
+
+    When a token is handed out, the step for the next one is under way, or done where the device works at once. In
+    both cases one step lies between a token and the next, save before the last one, after which nothing is to be
+    computed: it may have been ready long before. So the time is taken from the first token (that of the prompt's run)
+    to the last but one.
+    """
+    steps = len(arrivals) - 2
+    return steps / (arrivals[-2] - arrivals[0]) if steps > 0 else 0.0
 
 
 def chat(model: api.Model, system: str | None, **options: Any) -> None:
@@ -96,10 +106,11 @@ def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: 
     """Ids of a text and the text decoded back; weights are not loaded."""
     file = open_gguf(locate(model))
     tokenizer = api.read_tokenizer(file.metadata, file.path)
-    ids = tokenizer.encode(text, add_bos=bos, parse_special=parse_special)
-    decoded = tokenizer.decode(ids, skip_special=False) if not bos else tokenizer.decode(ids)
+    plain = tokenizer.encode(text, parse_special=parse_special)
+    ids = tokenizer.encode(text, add_bos=True, parse_special=parse_special) if bos else plain
     if as_json:
-        emit_json({"ids": ids, "text": decoded})
+        # Of the text alone: a BOS put in front is no part of it.
+        emit_json({"ids": ids, "text": tokenizer.decode(plain, skip_special=False)})
     else:
         emit(" ".join(map(str, ids)), end="\n")
 

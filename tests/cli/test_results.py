@@ -24,6 +24,7 @@ from qjax import cli
 from qjax.evaluate.shapes import SHAPES, Shape
 from qjax.formats.locate import EMBEDDED
 from qjax.runs.console import progress_bar
+from qjax.runs.texts import decode_rate
 
 Json = Callable[..., dict[str, Any]]
 Process = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,6 +50,24 @@ def test_generate(run: Any, run_json: Json, model: Path, tmp_path: Path) -> None
     stop = found["text"][3:5]
     stopped = run_json("generate", model, "-p", "the cat", *options, "--stop", stop)
     assert stopped["text"] == found["text"][: found["text"].index(stop)]
+    two = run("generate", model, "-p", "the cat", "-n", 2)
+    assert "2 tokens, first after" in two.err
+
+
+def test_without_n_the_context_is_filled_at_most(run: Any, run_json: Json, model: Path) -> None:
+    found = run_json("generate", model, "-p", " a" * 50, "--temperature", 0)
+    assert 0 < len(found["ids"]) <= 128 - found["prompt_tokens"] < 128
+    refused = run("generate", model, "-p", " a" * 200)
+    assert refused.code == 2
+    assert "give a shorter prompt" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "rate"),
+    [([], 0.0), ([3.0], 0.0), ([3.0, 3.0], 0.0), ([3.0, 3.5, 3.5], 2.0), ([3.0, 3.5, 4.0, 4.5, 4.5], 2.0)],
+)
+def test_the_last_token_says_nothing_of_the_speed(arrivals: list[float], rate: float) -> None:
+    assert decode_rate(arrivals) == rate
 
 
 def test_a_seed_repeats(run_json: Json, model: Path) -> None:
@@ -81,6 +100,10 @@ def test_tokenize(run: Any, run_json: Json, model: Path, tmp_path: Path, monkeyp
     assert run("tokenize", model, "-p", "ab").out == " ".join(map(str, tokenizer.encode("ab"))) + "\n"
     assert run_json("tokenize", model, "-p", "<s>")["ids"] != [1]
     assert run_json("tokenize", model, "-p", "<s>", "--special")["ids"] == [1]
+    special = ("tokenize", model, "-p", "ab</s>c", "--special")
+    plain, with_bos = run_json(*special), run_json(*special, "--bos")
+    assert plain["text"] == with_bos["text"] == "ab</s>c"
+    assert with_bos["ids"] == [tokenizer.bos_id, *plain["ids"]]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert run_json("tokenize", model, "--file", "-") == found
 
@@ -210,12 +233,13 @@ def test_bench_on_one_thread(model: Path, process: Process) -> None:
     assert found["threads"] == 1
 
 
-def test_convert(run: Any, model: Path, tmp_path: Path) -> None:
+def test_convert(run: Any, run_json: Json, model: Path, tmp_path: Path) -> None:
     """Bytes as gguf's own encoder makes them; no `--type`, the same bytes."""
     copy, packed = tmp_path / "copy.gguf", tmp_path / "packed.gguf"
     done = run("convert", model, copy)
     assert (done.code, done.out) == (0, "")
     assert copy.read_bytes() == model.read_bytes()
+    assert run_json("convert", model, copy) == {"path": str(copy), "bytes": model.stat().st_size}
     # Over itself.
     assert run("convert", copy, copy, "--type", "q8_0").code == 0
     assert run("convert", model, packed, "--type", "q8_0").code == 0
