@@ -11,5 +11,3 @@ from qjax.arrays.partition import partition as partition
 from qjax.arrays.planes import Plane as Plane
 from qjax.arrays.raw_blocks import RawBlockArray as RawBlockArray
 from qjax.arrays.two_level import TwoLevelArray as TwoLevelArray
-
-Weight = QuantizedArray | Partitioned

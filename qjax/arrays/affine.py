@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Integer
 
 from qjax.arrays.base import GroupedArray
 from qjax.arrays.floats import f16_to_f32
-from qjax.arrays.planes import Layout, Plane, layout_bits, unpack
+from qjax.arrays.planes import Layout, Plane, unpack
 
 
 @jax.custom_jvp
@@ -51,15 +51,6 @@ class AffineArray(GroupedArray):
     minimum: Any
     layout: Layout = struct.field(pytree_node=False, default=(Plane(4, 16),))
     offset: int = struct.field(pytree_node=False, default=0)
-
-    @property
-    def bits(self) -> int:
-        return layout_bits(self.layout)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, nbytes = self.planes[0].shape
-        return (*lead, nbytes * self.layout[0].per_byte)
 
     @property
     def group_size(self) -> int:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from qjax.arrays.planes import Layout, layout_bits
+
 
 class QuantizedArray(abc.ABC):
     """A weight [..., out_features, in_features] kept packed; a pytree of arrays.
@@ -90,7 +92,21 @@ class GroupedArray(QuantizedArray):
     w[o, i] = scale[o, g] * code[o, i] + minimum[o, g],  g = i // group_size
 
     The families differ in how the codes' values and the scales are stored; kernels need no more than this view.
+    All keep codes as bit planes: `planes`, uint8 [..., out, in * width / 8] each, in the order of `layout`.
     """
+
+    planes: Any
+    layout: Layout
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return layout_bits(self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, nbytes = self.planes[0].shape
+        return (*lead, nbytes * self.layout[0].per_byte)
 
     @abc.abstractmethod
     def codes(self) -> Integer[Array, "... out in"]:

@@ -42,11 +42,6 @@ class CodebookArray(GroupedArray):
     scale_kind: str = struct.field(pytree_node=False, default="float")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, nbytes = self.planes[0].shape
-        return (*lead, nbytes * self.layout[0].per_byte)
-
-    @property
     def group_size(self) -> int:
         return 32 if self.scale_kind == "two_level" else self.shape[-1] // self.scale.shape[-1]
 

@@ -57,13 +57,6 @@ def bf16_to_f32(x: BrainBits) -> Float32[Array, "*s"]:
     return from_bits(_bits16(x) << np.uint32(16))
 
 
-def e8m0_to_f32(x: UInt8[Array | np.ndarray, "*s"]) -> Float32[Array, "*s"]:
-    """OCP E8M0, a bare exponent, to float32: 2^(x - 127); 0 is the subnormal 2^-127 and 255 is NaN."""
-    code = jnp.asarray(x).astype(_U32)
-    bits = jnp.where(code == np.uint32(0), np.uint32(0x00400000), code << np.uint32(23))
-    return from_bits(jnp.where(code == np.uint32(255), np.uint32(0x7FC00000), bits))
-
-
 def e8m0_half_to_f32(x: UInt8[Array | np.ndarray, "*s"]) -> Float32[Array, "*s"]:
     """Half of E8M0, 2^(x - 128), ggml's scale of MXFP4's doubled values (x of 0 and 1: subnormal)."""
     code = jnp.asarray(x).astype(_U32)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax.arrays.affine import widen
 from qjax.arrays.base import GroupedArray
-from qjax.arrays.planes import Layout, Plane, layout_bits, unpack
+from qjax.arrays.planes import Layout, Plane, unpack
 
 SUPER_BLOCK = 256
 
@@ -115,15 +115,6 @@ class TwoLevelArray(GroupedArray):
     layout: Layout = struct.field(pytree_node=False, default=(Plane(4, 32),))
     packing: str = struct.field(pytree_node=False, default="q4_k")
     offset: int = struct.field(pytree_node=False, default=0)
-
-    @property
-    def bits(self) -> int:
-        return layout_bits(self.layout)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, nbytes = self.planes[0].shape
-        return (*lead, nbytes * self.layout[0].per_byte)
 
     @property
     def group_size(self) -> int:

@@ -22,7 +22,7 @@ from qjax.formats.gguf.mixes import tensor_type
 from qjax.formats.gguf.types import type_of_name
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.models import ModelConfig
-from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies
+from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies, keep
 
 
 class FloatFormat(NamedTuple):
@@ -226,12 +226,8 @@ def _check_memory(planned: dict[str, Planned], mix: str) -> None:
         )
 
 
-def _keep(_: str, array: Any) -> Any:
-    return array
-
-
 def synthetic_params(
-    config: ModelConfig, mix: str, *, place: Place = _keep, progress: Callable[[str], None] = lambda name: None
+    config: ModelConfig, mix: str, *, place: Place = keep, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, Any]:
     """Made-up params of a model, as `load_gguf` gives those of a file; at no time more than one tensor beside them.
 

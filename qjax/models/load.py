@@ -145,7 +145,8 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
             yield from split(f"blk.{i}.{suffix}", array)
 
 
-def _keep(_: str, array: Any) -> Any:
+def keep(_: str, array: Any) -> Any:
+    """The `place` that leaves an array where it is."""
     return array
 
 
@@ -158,7 +159,7 @@ def load_gguf(
     file: GGUFFile,
     *,
     make: Make | None = None,
-    place: Place = _keep,
+    place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Params and config of an open GGUF file.

@@ -5,7 +5,6 @@ import warnings
 import gguf.quants as oracle
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -61,7 +60,6 @@ def test_bf16_every_pattern(run):
 
 
 def test_e8m0_every_pattern(run):
-    same_bits(run(floats.e8m0_to_f32)(ALL8), ALL8.view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
     with np.errstate(over="ignore"):
         want = oracle.MXFP4.e8m0_to_fp32_half(ALL8)
     same_bits(run(floats.e8m0_half_to_f32)(ALL8), want)

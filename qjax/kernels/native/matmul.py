@@ -54,7 +54,7 @@ def serves(weight: Any) -> bool:
     """Whether the C++ kernel knows this layout, and is there."""
     if _dense_kind(weight) is not None:
         return available()
-    if not isinstance(weight, GroupedArray) or not _layout_known(weight.layout) or _scales(weight) is None:  # pyright: ignore
+    if not isinstance(weight, GroupedArray) or not _layout_known(weight.layout) or _scales(weight) is None:
         return False
     if isinstance(weight, AffineArray) and weight.bits == 8 and weight.offset != 128:
         return False
