@@ -20,7 +20,7 @@ from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, load_gguf
-from qjax.models.load import Make, Place, gguf_tensors, read_array, warn_kept
+from qjax.models.load import Make, Place, gguf_tensors, keep, read_array, warn_kept
 from qjax.quantizers.ggml_legacy import check_finite, encode
 from qjax.text import Tokenizer, encode_chat
 
@@ -168,7 +168,7 @@ def load(
     model: str | Path,
     *,
     quantize: str | Make | None = None,
-    place: Place | None = None,
+    place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:
     """Open a model with its weights packed.
@@ -189,8 +189,7 @@ def load(
     file = open_gguf(path)
     if make is not None:
         _check_quantizable(file)
-    options = {} if place is None else {"place": place}
-    params, config = load_gguf(file, make=make, progress=progress, **options)
+    params, config = load_gguf(file, make=make, place=place, progress=progress)
     return Model(params, config, file.metadata, file.metadata_types, path)
 
 

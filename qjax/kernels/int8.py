@@ -32,7 +32,7 @@ def matmul_int8_few(x: Float[Array, "rows in"], weight: GroupedArray) -> Float[A
     qx, sx = quantize_activations(x, weight.group_size)
     out, columns = weight.shape
     codes = weight.codes().reshape(out, columns // weight.group_size, weight.group_size).astype(jnp.int32)
-    scales, minimums = weight.scales(), weight.minimums()
+    scales, minimums = weight.group_scales()
 
     def row(q: Integer[Array, "groups group"], s: Float[Array, " groups"]) -> Float[Array, " out"]:
         wide = q.astype(jnp.int32)

@@ -64,7 +64,6 @@ KERNELS: list[Kernel] = [
     Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), _straight_through(matmul_int8_many)),
     Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),
     Kernel("xla-tiles", lambda w, m, a: True, matmul_tiles),
-    Kernel("reference", lambda w, m, a: True, matmul_reference),
 ]
 
 

@@ -106,11 +106,11 @@ def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: 
     """Ids of a text and the text decoded back; weights are not loaded."""
     file = open_gguf(locate(model))
     tokenizer = api.read_tokenizer(file.metadata, file.path)
-    plain = tokenizer.encode(text, parse_special=parse_special)
-    ids = tokenizer.encode(text, add_bos=True, parse_special=parse_special) if bos else plain
+    ids = tokenizer.encode(text, add_bos=bos, parse_special=parse_special)
     if as_json:
         # Of the text alone: a BOS put in front is no part of it.
-        emit_json({"ids": ids, "text": tokenizer.decode(plain, skip_special=False)})
+        put = 1 if bos and tokenizer.bos_id is not None else 0
+        emit_json({"ids": ids, "text": tokenizer.decode(ids[put:], skip_special=False)})
     else:
         emit(" ".join(map(str, ids)), end="\n")
 

@@ -201,10 +201,6 @@ def _leaf(array: Any, leaf: str) -> Any:
     return array.planes[int(leaf[-2])] if leaf.startswith("planes") else getattr(array, leaf)
 
 
-def _has(array: Any, leaf: str) -> bool:
-    return leaf.startswith("planes") or getattr(array, leaf) is not None
-
-
 def type_of(array: Any) -> str:
     """ggml's name of the type that stores this array as it is.
 
@@ -223,13 +219,14 @@ def type_of(array: Any) -> str:
             continue
         if any(getattr(array, key) != value for key, value in kind.static.items()):
             continue
-        if any(_leaf(array, field.leaf).dtype != field.dtype for field in kind.fields if _has(array, field.leaf)):
-            continue
-        wanted = {field.leaf for field in kind.fields}
         held = {leaf for leaf in _LEAVES[kind.family] if getattr(array, leaf) is not None}
-        size, _ = GGML_TYPES[name].block_size, GGML_TYPES[name].block_bytes
+        if held != {field.leaf for field in kind.fields if not field.leaf.startswith("planes")}:
+            continue
+        if any(_leaf(array, field.leaf).dtype != field.dtype for field in kind.fields):
+            continue
+        size = GGML_TYPES[name].block_size
         group = array.group_size if size == 32 else size  # pyright: ignore[reportAttributeAccessIssue]
-        if held == {leaf for leaf in wanted if not leaf.startswith("planes")} and group == size:
+        if group == size:
             return name
     raise UnsupportedError(f"no GGUF type holds {array!r} without loss; re-quantize it to one that does")
 
