@@ -1,0 +1,468 @@
+// The products, in terms of a table of kernels: x made ready once, tiles of w shared out over threads.
+//
+// Few rows of x: each tile is unpacked in registers on its way into the sums. Many rows: a stretch of a tile's columns
+// is unpacked into a panel that stays in cache and serves all rows. A tile's sums are made by one thread, in an order
+// that neither the number of threads nor that of rows changes.
+
+#include "core.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+
+namespace qjax {
+namespace {
+
+constexpr int kTilesTogether = 2;      // of a panel: each chunk of x is read once for them
+constexpr int64_t kPanelSteps = 16;    // of 8-bit codes: 8 KiB a tile
+constexpr int64_t kFloatSteps = 8;     // of floats: 16 KiB a tile
+constexpr int64_t kTaskBytes = 1 << 16;
+
+int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t Tiles(const qjax_weight& w) { return Ceil(w.rows, kLanes); }
+int64_t Steps(const qjax_weight& w) { return Ceil(w.columns, kStep); }
+bool Halves(const qjax_weight& w) { return w.group_size == 16; }
+// Scales that the kernels read of a tile.
+int64_t Parts(const qjax_weight& w) { return Steps(w) * (Halves(w) ? 2 : 1); }
+
+int64_t Groups(const qjax_weight& w) {
+  return Halves(w) ? 2 * Steps(w) : Ceil(w.columns, w.group_size);
+}
+
+int SubBytes(int kind) {
+  switch (kind) {
+    case QJAX_Q2_K:
+    case QJAX_Q6_K:
+      return 16;
+    case QJAX_Q3_K:
+    case QJAX_Q4_K:
+      return 12;
+    case QJAX_IQ4_XS:
+      return 6;
+    default:
+      return 0;
+  }
+}
+
+CodeForm FormOf(const qjax_weight& w) {
+  const int low = w.width[0], high = w.plane_count > 1 ? w.width[1] : 0;
+  if (low == 8 && high == 0) return kForm8;
+  if (low == 4 && high == 0) return w.has_table ? kForm4Table : kForm4;
+  if (low == 4 && high == 1) return kForm4And1;
+  if (low == 4 && high == 2) return kForm4And2;
+  if (low == 2 && high == 0) return kForm2;
+  if (low == 2 && high == 1) return kForm2And1;
+  return kForms;
+}
+
+bool Wide(CodeForm form) { return form == kForm8 || form == kForm4Table; }
+
+// What the unsigned codes that the kernels see are above the numbers they stand for.
+int Offset(const qjax_weight& w) { return w.has_table ? 128 : w.offset; }
+// What the float kernels take from a code, so that the rest is a signed byte.
+int Bias(const qjax_weight& w) { return Wide(FormOf(w)) ? 128 : w.offset; }
+
+bool HasMinimum(const qjax_weight& w, bool int8) {
+  return w.minimum != nullptr || w.zero != nullptr || (!int8 && Bias(w) != Offset(w));
+}
+
+// Memory of one thread, kept for its next task.
+class Scratch {
+ public:
+  ~Scratch() { free(memory_); }
+  // `count` floats, or nullptr.
+  float* Floats(int64_t count) {
+    const size_t size = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+    if (size > size_) {
+      free(memory_);
+      memory_ = aligned_alloc(64, size);
+      size_ = memory_ == nullptr ? 0 : size;
+    }
+    return static_cast<float*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// One block of memory, cut up.
+class Block {
+ public:
+  ~Block() { free(memory_); }
+  template <typename T>
+  void Reserve(T** to, int64_t count) {
+    if (parts_ == kMost) return;
+    part_[parts_++] = {reinterpret_cast<void**>(to), size_};
+    size_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
+  bool Allocate() {
+    memory_ = aligned_alloc(64, size_ + 64);
+    for (int i = 0; memory_ != nullptr && i < parts_; ++i) *part_[i].to = static_cast<char*>(memory_) + part_[i].at;
+    return memory_ != nullptr;
+  }
+
+ private:
+  static constexpr int kMost = 8;
+  struct Part {
+    void** to;
+    size_t at;
+  } part_[kMost];
+  int parts_ = 0;
+  size_t size_ = 0;
+  void* memory_ = nullptr;
+};
+
+// x for all weights of a call: chunks of rows that the kernels take at once, row numbers innermost.
+struct Inputs {
+  const KernelTable* table;
+  const float* x;
+  int64_t m, columns, steps, chunks;
+  bool int8, fused;
+  int8_t* q = nullptr;           // [chunk][steps, 8, rows, 4]
+  float* packed = nullptr;       // [chunk][steps, 32, rows]
+  float* scale = nullptr;        // [chunk][steps, rows]
+  int32_t* whole = nullptr;      // [chunk][2 steps, rows]: sums of q
+  float* half_sums = nullptr;    // [chunk][2 steps, rows]: sums of x as it is multiplied
+
+  int64_t First(int64_t chunk) const { return m * chunk / chunks; }
+
+  void Prepare(int64_t chunk) const {
+    const int64_t first = First(chunk), rows = First(chunk + 1) - first;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = x + (first + r) * columns;
+      for (int64_t s = 0; s < steps; ++s) {
+        float padded[kStep];
+        const float* at = row + s * kStep;
+        if (columns - s * kStep < kStep) {
+          memset(padded, 0, sizeof padded);
+          memcpy(padded, at, (columns - s * kStep) * sizeof(float));
+          at = padded;
+        }
+        float* sums = half_sums + first * 2 * steps + 2 * s * rows + r;
+        if (int8) {
+          int8_t round[kStep];
+          int32_t both[2];
+          float* to = scale + first * steps + s * rows + r;
+          table->quantize(at, round, to, both);
+          int8_t* out = q + first * steps * kStep + s * kStep * rows + 4 * r;
+          for (int j = 0; j < 8; ++j) memcpy(out + 4 * rows * j, round + 4 * j, 4);
+          int32_t* integers = whole + first * 2 * steps + 2 * s * rows + r;
+          for (int h = 0; h < 2; ++h) {
+            integers[h * rows] = both[h];
+            sums[h * rows] = *to * static_cast<float>(both[h]);
+          }
+        } else {
+          float* out = packed + first * steps * kStep + s * kStep * rows + r;
+          for (int k = 0; k < kStep; ++k) out[k * rows] = at[k];
+          for (int h = 0; h < 2; ++h) {
+            float sum = 0;
+            for (int k = 0; k < 16; ++k) sum += at[16 * h + k];
+            sums[h * rows] = sum;
+          }
+        }
+      }
+    }
+  }
+};
+
+// What differs from weight to weight: where integer sums start, and sums over whole steps where a scale serves one.
+struct Job {
+  const qjax_weight* w;
+  float* y;
+  CodeForm form;
+  bool halves, minimum;
+  int64_t steps, tiles, tiles_a_task, first_task;
+  int32_t* start = nullptr;
+  float* sums = nullptr;
+  uint8_t table[16];
+
+  void Fit(const Inputs& in) {
+    const int64_t each = halves ? 2 : 1;
+    // A panel holds bytes, whatever the codes were.
+    const int32_t by = (Wide(form) || !in.fused ? in.table->wide_bias : 0) - Offset(*w);
+    for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
+      const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first;
+      const int32_t* whole = in.whole + first * 2 * steps;
+      const float* half = in.half_sums + first * 2 * steps;
+      for (int64_t i = 0; i < steps * each; ++i) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t to = first * steps * each + i * rows + r, at = (halves ? i : 2 * i) * rows + r;
+          if (in.int8) start[to] = by * (halves ? whole[at] : whole[at] + whole[at + rows]);
+          if (minimum) sums[to] = halves ? half[at] : half[at] + half[at + rows];
+        }
+      }
+    }
+  }
+
+  Rows ChunkAt(const Inputs& in, int64_t chunk, int64_t step) const {
+    const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first, each = halves ? 2 : 1;
+    const int64_t at = first * steps + step * rows;
+    Rows out{static_cast<int>(rows), nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (in.int8) {
+      out.q = in.q + at * kStep;
+      out.scale = in.scale + at;
+      out.start = start + at * each;
+    } else {
+      out.x = in.packed + at * kStep;
+    }
+    if (minimum) out.sums = sums + at * each;
+    return out;
+  }
+
+  Codes CodesAt(int64_t tile, int64_t step) const {
+    Codes codes{{nullptr, nullptr}, table};
+    for (int p = 0; p < w->plane_count; ++p) {
+      codes.plane[p] = w->plane[p] + (tile * steps + step) * 64 * w->width[p];
+    }
+    return codes;
+  }
+
+  // Scales of a tile, one a step or half step.
+  void Scales(const Inputs& in, int64_t tile, float* scale, float* low) const {
+    in.table->scales(*w, tile, scale, minimum ? low : nullptr);
+    const int64_t groups = Groups(*w), parts = Parts(*w), each = Ceil(w->group_size, kStep);
+    for (int64_t s = parts; groups < parts && s-- > 0;) {
+      memmove(scale + s * kLanes, scale + s / each * kLanes, kLanes * sizeof(float));
+      if (minimum) memmove(low + s * kLanes, low + s / each * kLanes, kLanes * sizeof(float));
+    }
+    const int extra = in.int8 ? 0 : Bias(*w) - Offset(*w);
+    for (int64_t i = 0; extra != 0 && i < parts * kLanes; ++i) low[i] += scale[i] * static_cast<float>(extra);
+  }
+
+  void Write(const Inputs& in, int64_t tile, int64_t first, int64_t rows, const float* sums) const {
+    const int64_t lanes = std::min<int64_t>(kLanes, w->rows - tile * kLanes);
+    (void)in;
+    for (int64_t r = 0; r < rows; ++r) {
+      memcpy(y + (first + r) * w->rows + tile * kLanes, sums + r * kLanes, lanes * sizeof(float));
+    }
+  }
+
+  bool Few(const Inputs& in, int64_t begin, int64_t end) const {
+    const int64_t parts = Parts(*w);
+    float* scale = scratch.Floats(2 * parts * kLanes);
+    if (scale == nullptr) return false;
+    float* low = scale + parts * kLanes;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      Scales(in, tile, scale, low);
+      for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
+        alignas(64) float sums[kMostRows * kLanes] = {};
+        const Rows rows = ChunkAt(in, chunk, 0);
+        const auto& products = in.int8 ? in.table->int8_product : in.table->float_product;
+        products[form][halves][rows.rows - 1](CodesAt(tile, 0), steps, rows, scale, Bias(*w), sums);
+        if (minimum) in.table->minimum[rows.rows - 1](parts, rows, low, sums);
+        Write(in, tile, in.First(chunk), rows.rows, sums);
+      }
+    }
+    return true;
+  }
+
+  bool Many(const Inputs& in, int64_t begin, int64_t end) const {
+    const int64_t parts = Parts(*w), count = end - begin, each = halves ? 2 : 1;
+    const int64_t stretch = in.int8 ? kPanelSteps : kFloatSteps;
+    const int64_t panel_floats = stretch * kStep * kLanes / (in.int8 ? 4 : 1);
+    const int64_t code_floats = in.int8 ? 0 : stretch * kStep * kLanes / 4;
+    const int64_t tile_floats = 2 * parts * kLanes + panel_floats + in.m * kLanes;
+    float* memory = scratch.Floats(count * tile_floats + code_floats);
+    if (memory == nullptr) return false;
+    const auto part = [&](int64_t i, int64_t at) { return memory + i * tile_floats + at; };
+    const int64_t low_at = parts * kLanes, panel_at = 2 * low_at, sums_at = panel_at + panel_floats;
+    auto* codes = reinterpret_cast<uint8_t*>(memory + count * tile_floats);
+    for (int64_t i = 0; i < count; ++i) {
+      Scales(in, begin + i, part(i, 0), part(i, low_at));
+      memset(part(i, sums_at), 0, in.m * kLanes * sizeof(float));
+    }
+    for (int64_t step = 0; step < steps; step += stretch) {
+      const int64_t n = std::min(stretch, steps - step);
+      const Codes* packed[kTilesTogether];
+      Codes in_place[kTilesTogether];
+      for (int64_t i = 0; i < count; ++i) {
+        in_place[i] = CodesAt(begin + i, step);
+        packed[i] = &in_place[i];
+        auto* panel = reinterpret_cast<uint8_t*>(part(i, panel_at));
+        if (in.int8 && form != kForm8) {
+          in.table->unpack[form](in_place[i], n, panel);
+          in_place[i].plane[0] = panel;
+        } else if (!in.int8) {
+          const uint8_t* bytes = in_place[i].plane[0];
+          if (form != kForm8) in.table->unpack[form](in_place[i], n, codes), bytes = codes;
+          in.table->dequantize(bytes, n, part(i, step * each * kLanes),
+                               minimum ? part(i, low_at + step * each * kLanes) : nullptr, Bias(*w), halves,
+                               part(i, panel_at));
+        }
+      }
+      for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
+        const Rows rows = ChunkAt(in, chunk, step);
+        for (int64_t i = 0; i < count; ++i) {
+          float* sums = part(i, sums_at + in.First(chunk) * kLanes);
+          if (in.int8) {
+            in.table->int8_product[kForm8][halves][rows.rows - 1](*packed[i], n, rows, part(i, step * each * kLanes), 0,
+                                                                  sums);
+            if (minimum) {
+              in.table->minimum[rows.rows - 1](n * each, rows, part(i, low_at + step * each * kLanes), sums);
+            }
+          } else {
+            in.table->panel_product[rows.rows - 1](part(i, panel_at), n * kStep, rows, sums);
+          }
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) Write(in, begin + i, 0, in.m, part(i, sums_at));
+    return true;
+  }
+};
+
+const KernelTable* TableOf(int isa) {
+  if (!qjax_has_isa(isa)) return nullptr;
+  switch (isa) {
+    case QJAX_GENERIC:
+      return GenericKernels();
+    case QJAX_AVX2:
+      return Avx2Kernels();
+    case QJAX_AVX_VNNI:
+      return AvxVnniKernels();
+    case QJAX_AVX512_VNNI:
+      return Avx512Kernels();
+    case QJAX_NEON_DOT:
+      return NeonDotKernels();
+    case QJAX_NEON_I8MM:
+      return NeonI8mmKernels();
+    default:
+      return nullptr;
+  }
+}
+
+void Alone(void*, int64_t count, qjax_task task, void* arg) {
+  for (int64_t i = 0; i < count; ++i) task(arg, i);
+}
+
+// Runs f(i) for i = 0 ... count - 1 through a C callback.
+template <typename F>
+void Run(qjax_parallel parallel, void* context, int64_t count, F f) {
+  (parallel == nullptr ? Alone : parallel)(context, count, [](void* arg, int64_t i) { (*static_cast<F*>(arg))(i); }, &f);
+}
+
+constexpr int64_t kMostWeights = 8;
+
+}  // namespace
+}  // namespace qjax
+
+using namespace qjax;
+
+extern "C" int64_t qjax_plane_bytes(const qjax_weight* w, int plane) {
+  return Tiles(*w) * Steps(*w) * 64 * w->width[plane];
+}
+
+extern "C" int64_t qjax_scale_bytes(const qjax_weight* w) {
+  if (SubBytes(w->scale_kind)) return Tiles(*w) * (w->columns / kSuperBlock) * kLanes * 2;
+  return Tiles(*w) * Groups(*w) * kLanes * (w->scale_kind == QJAX_E8M0 ? 1 : w->scale_kind == QJAX_F32 ? 4 : 2);
+}
+
+extern "C" int64_t qjax_sub_bytes(const qjax_weight* w) {
+  return Tiles(*w) * (w->columns / kSuperBlock) * kLanes * SubBytes(w->scale_kind);
+}
+
+extern "C" int64_t qjax_zero_bytes(const qjax_weight* w) { return Tiles(*w) * Groups(*w) * kLanes; }
+
+extern "C" const char* qjax_check(const qjax_weight* w) {
+  if (w->rows < 1 || w->columns < 1 || w->rows > (1ll << 31) || w->columns > (1ll << 31)) return "no such size";
+  if (w->plane_count < 1 || w->plane_count > 2 || FormOf(*w) == kForms) return "no such planes";
+  if (w->has_table && FormOf(*w) != kForm4Table) return "a table is for codes of 4 bits";
+  if (w->offset < 0 || w->offset > 255) return "no such offset";
+  if (w->scale_kind < QJAX_F16 || w->scale_kind > QJAX_IQ4_XS) return "no such kind of scale";
+  const int64_t g = w->group_size;
+  if (g != 16 && (g < 1 || g % kStep != 0) && g != w->columns) return "groups of 16, of a multiple of 32, or one a row";
+  if (SubBytes(w->scale_kind)) {
+    const bool sixteen = w->scale_kind == QJAX_Q2_K || w->scale_kind == QJAX_Q3_K || w->scale_kind == QJAX_Q6_K;
+    if (w->columns % kSuperBlock != 0 || g != (sixteen ? 16 : 32)) return "not whole super-blocks";
+    if (w->sub == nullptr) return "integer scales are missing";
+    const bool needs = w->scale_kind == QJAX_Q2_K || w->scale_kind == QJAX_Q4_K;
+    if (needs != (w->minimum != nullptr)) return needs ? "a minimum is missing" : "a minimum that nothing uses";
+    if (w->zero != nullptr) return "zeros that nothing uses";
+  }
+  if (w->scale_kind == QJAX_E8M0 && w->minimum != nullptr) return "a minimum that nothing uses";
+  if (w->scale == nullptr || w->plane[0] == nullptr || (w->plane_count == 2 && w->plane[1] == nullptr)) {
+    return "data is missing";
+  }
+  return nullptr;
+}
+
+extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8,
+                           int isa, qjax_parallel parallel, void* context) {
+  const KernelTable* table = TableOf(isa);
+  if (table == nullptr || count < 1 || count > kMostWeights || m < 0) return 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (qjax_check(&w[i]) != nullptr || w[i].columns != w[0].columns) return 1;
+  }
+  if (m == 0) return 0;
+
+  Inputs in{table, x, m, w[0].columns, Steps(w[0]), 0, int8 != 0, m <= table->fused_rows};
+  in.chunks = Ceil(m, in.fused ? table->fused_rows : table->rows);
+  Block block;
+  if (in.int8) {
+    block.Reserve(&in.q, m * in.steps * kStep);
+    block.Reserve(&in.scale, m * in.steps);
+    block.Reserve(&in.whole, m * 2 * in.steps);
+  } else {
+    block.Reserve(&in.packed, m * in.steps * kStep);
+  }
+  block.Reserve(&in.half_sums, m * 2 * in.steps);
+  if (!block.Allocate()) return 2;
+  const auto prepare = [&](int64_t chunk) { in.Prepare(chunk); };
+  Run(in.chunks > 1 ? parallel : nullptr, context, in.chunks, prepare);
+
+  Job jobs[kMostWeights];
+  Block starts[kMostWeights];
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Job& job = jobs[i];
+    job.w = &w[i];
+    job.y = y[i];
+    job.form = FormOf(w[i]);
+    job.halves = Halves(w[i]);
+    job.minimum = HasMinimum(w[i], in.int8);
+    job.steps = in.steps;
+    job.tiles = Tiles(w[i]);
+    for (int v = 0; v < 16; ++v) job.table[v] = static_cast<uint8_t>(w[i].table[v] + 128);
+    int64_t tile_bytes = 0;
+    for (int p = 0; p < w[i].plane_count; ++p) tile_bytes += in.steps * 64 * w[i].width[p];
+    job.tiles_a_task = in.fused ? std::max<int64_t>(1, kTaskBytes / tile_bytes) : kTilesTogether;
+    job.first_task = tasks;
+    tasks += Ceil(job.tiles, job.tiles_a_task);
+    const int64_t parts = m * Parts(w[i]);
+    if (in.int8) starts[i].Reserve(&job.start, parts);
+    if (job.minimum) starts[i].Reserve(&job.sums, parts);
+    if (!starts[i].Allocate()) return 2;
+    job.Fit(in);
+  }
+  std::atomic<bool> failed{false};
+  const auto work = [&](int64_t task) {
+    int64_t i = count - 1;
+    while (jobs[i].first_task > task) --i;
+    const int64_t begin = (task - jobs[i].first_task) * jobs[i].tiles_a_task;
+    const int64_t end = std::min(jobs[i].tiles, begin + jobs[i].tiles_a_task);
+    if (!(in.fused ? jobs[i].Few(in, begin, end) : jobs[i].Many(in, begin, end))) failed = true;
+  };
+  Run(parallel, context, tasks, work);
+  return failed ? 2 : 0;
+}
+
+extern "C" int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m,
+                                 float* y, int isa, qjax_parallel parallel, void* context) {
+  const KernelTable* table = TableOf(isa);
+  if (table == nullptr || rows < 1 || columns < 1) return 1;
+  const int64_t each = std::max<int64_t>(1, kTaskBytes / (2 * columns));
+  const auto work = [&](int64_t task) {
+    for (int64_t n = task * each; n < std::min(rows, (task + 1) * each); ++n) {
+      table->dense(w + n * columns, columns, bf16, x, m, y + n, rows);
+    }
+  };
+  Run(parallel, context, Ceil(rows, each), work);
+  return 0;
+}

@@ -1,0 +1,106 @@
+// The compute of the CPU kernels as a plain C interface: no JAX, no XLA, no C++ types.
+//
+//   y[m, n] = sum_k x[m, k] * w[n, k]
+//
+// with w packed in the lane-blocked layout (qjax/arrays/lanes.py has the same text):
+//
+//   A tile is 16 rows of w (the last tile is filled up with rows that are computed and dropped), a step 32 columns (the
+//   last step is filled up with columns for which x is taken as zero). With T tiles and S steps:
+//
+//   planes[i], of `width` w bits a code: uint8 [T, S, w, 64]. Byte 4 * lane + c of vector v of a step holds, at bits
+//     [w * p, w * p + w), the code of row 16 t + lane and column 32 s + 4 * (v + w * p) + c, for p = 0 ... 8 / w - 1.
+//     The first plane holds the lowest bits. Codes are unsigned; `offset` is subtracted from them.
+//   scale, minimum, zero: [T, G, 16]: entry [t, g, lane] is that of row 16 t + lane and group g. G = ceil(columns /
+//     group_size), one more where groups of 16 would end in half a step.
+//   sub: uint8 [T, SB * B, 16]: byte b of super-block sb of row 16 t + lane at [t, sb * B + b, lane]; the B bytes of a
+//     super-block are those of qjax/arrays/two_level.py.
+//
+//   w[n, k] = scale[g] * (code - offset - zero[g]) + minimum[g]        (code: table[code] if there is a table)
+
+#ifndef QJAX_CORE_H_
+#define QJAX_CORE_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum qjax_scale_kind {
+  QJAX_F16 = 0,   // scale (and minimum) float16, one a group
+  QJAX_F32 = 1,   // float32
+  QJAX_E8M0 = 2,  // uint8 e: 2^(e - 128)
+  // scale and minimum float16, one a super-block of 256; `sub` holds the groups' integers
+  QJAX_Q2_K = 3,
+  QJAX_Q3_K = 4,
+  QJAX_Q4_K = 5,
+  QJAX_Q6_K = 6,
+  QJAX_IQ4_XS = 7,
+};
+
+enum qjax_isa {
+  QJAX_GENERIC = 0,
+  QJAX_AVX2 = 1,         // with FMA and F16C
+  QJAX_AVX_VNNI = 2,     // AVX2 with VNNI in 256 bits
+  QJAX_AVX512_VNNI = 3,  // F, BW, DQ, VL, VNNI
+  QJAX_NEON_DOT = 4,     // dotprod
+  QJAX_NEON_I8MM = 5,    // dotprod and i8mm
+  QJAX_ISA_COUNT = 6,
+};
+
+typedef struct {
+  int64_t rows, columns;
+  int64_t group_size;  // columns that share a scale: 16, or a multiple of 32, or all columns
+  int32_t plane_count;
+  int32_t width[2];
+  int32_t offset;
+  int32_t scale_kind;
+  int32_t has_table;
+  int8_t table[16];
+  const uint8_t* plane[2];
+  const void* scale;
+  const void* minimum;  // NULL if none
+  const uint8_t* sub;   // NULL unless the scale kind has it
+  const uint8_t* zero;  // NULL if none
+} qjax_weight;
+
+// Runs task(arg, i) for i = 0 ... count - 1, on any threads in any order, and returns when all are done.
+typedef void (*qjax_task)(void* arg, int64_t i);
+typedef void (*qjax_parallel)(void* context, int64_t count, qjax_task task, void* arg);
+
+// Bytes that each leaf must have; 0 for a leaf that the kind of scale has not.
+int64_t qjax_plane_bytes(const qjax_weight* w, int plane);
+int64_t qjax_scale_bytes(const qjax_weight* w);
+int64_t qjax_sub_bytes(const qjax_weight* w);
+int64_t qjax_zero_bytes(const qjax_weight* w);
+
+// NULL if the kernels serve this weight, else what they do not (sizes, widths, groups).
+const char* qjax_check(const qjax_weight* w);
+
+// Whether this CPU has the instructions; the best of them.
+int qjax_has_isa(int isa);
+int qjax_best_isa(void);
+const char* qjax_isa_name(int isa);
+
+// y[i] = float32 [rows of x, w[i].rows] for each of `count` weights that share x = float32 [m, columns].
+//   int8: round x to int8 in groups of 32 columns. isa: one that qjax_has_isa.
+//   parallel: NULL runs everything on the caller. Results do not depend on it.
+// Returns 0, or 1 for a weight that qjax_check refuses, or 2 where there is no memory for the scratch space.
+int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8, int isa,
+                qjax_parallel parallel, void* context);
+
+// y[m, rows] = x[m, columns] * w^T for row-major 16-bit floats w; bf16: bfloat16, else float16.
+int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m, float* y,
+                      int isa, qjax_parallel parallel, void* context);
+
+// One plane from rows-side-by-side (qjax/arrays/planes.py: chunks of `stride` bytes) to lanes, for tiles
+// [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out starts at tile `first`.
+// Returns 0, or 1 for a width or stride that is not known.
+int qjax_to_lanes(const uint8_t* in, int64_t rows, int64_t columns, int width, int stride, int flip, int64_t first,
+                  int64_t tiles, uint8_t* out);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // QJAX_CORE_H_

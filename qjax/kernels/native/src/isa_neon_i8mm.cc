@@ -1,0 +1,28 @@
+// The kernels for armv8.2-a+dotprod+fp16+i8mm: this file alone is compiled for it, whatever the compiler's flags say.
+
+#include "kernels.h"
+
+#if defined(__aarch64__)
+#define QJAX_I8MM 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod,fullfp16,i8mm"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm")
+#endif
+#include "simd_neon.h"
+//
+#include "kernels.inc"
+
+const qjax::KernelTable* qjax::NeonI8mmKernels() {
+  static const KernelTable table = MakeTable();
+  return &table;
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+const qjax::KernelTable* qjax::NeonI8mmKernels() { return nullptr; }
+#endif

@@ -1,0 +1,71 @@
+// What core.cc asks of an instruction set: a table of functions, filled by kernels.inc once for each isa_*.cc.
+
+#ifndef QJAX_KERNELS_H_
+#define QJAX_KERNELS_H_
+
+#include <stdint.h>
+
+#include "core.h"
+
+namespace qjax {
+
+constexpr int kLanes = 16, kStep = 32, kSuperBlock = 256;
+// Most rows of x that a kernel keeps in registers, over all instruction sets.
+constexpr int kMostRows = 12;
+
+// How a code is put together; see kernels.inc.
+enum CodeForm { kForm8, kForm4, kForm4Table, kForm4And1, kForm4And2, kForm2, kForm2And1, kForms };
+
+// Where one tile's codes and tables lie, from some step on.
+struct Codes {
+  const uint8_t* plane[2];
+  const uint8_t* table;  // 16 values plus 128
+};
+
+// One chunk of rows of x, made ready: see PrepareX in core.cc. `rows` of them lie side by side in each entry.
+struct Rows {
+  int rows;
+  const int8_t* q;       // [steps, 8, rows, 4]
+  const float* x;        // [steps, 32, rows], for float activations
+  const float* scale;    // [steps, rows]: x ~ scale * q
+  const int32_t* start;  // [steps or 2 steps, rows]: what each integer sum starts from
+  const float* sums;     // [steps or 2 steps, rows]: sums of x over the columns of a step, or half a step
+};
+
+// All add to sums [rows, 16]. `scale` and `minimum` are float32 [steps, 16], or [2 steps, 16] if `halves`.
+using ProductFn = void (*)(const Codes&, int64_t steps, const Rows&, const float* scale, int bias, float* sums);
+using MinimumFn = void (*)(int64_t count, const Rows&, const float* minimum, float* sums);
+using UnpackFn = void (*)(const Codes&, int64_t steps, uint8_t* codes);
+
+struct KernelTable {
+  int rows;          // that the panel kernels take at once, at most kMostRows
+  int fused_rows;    // that the kernels which unpack on their way take at once
+  int wide_bias;     // what this instruction set's product takes from codes of 8 bits before it multiplies them
+  // Integer and float products that unpack on their way, by rows - 1; [1] has scales for half steps.
+  ProductFn int8_product[kForms][2][kMostRows];
+  ProductFn float_product[kForms][2][kMostRows];
+  // sums += minimum * sums of x.
+  MinimumFn minimum[kMostRows];
+  UnpackFn unpack[kForms];
+  // float panel [32 * steps, 16] of 8-bit codes; then its product.
+  void (*dequantize)(const uint8_t* codes, int64_t steps, const float* scale, const float* minimum, int bias,
+                     int halves, float* panel);
+  void (*panel_product[kMostRows])(const float* panel, int64_t columns, const Rows&, float* sums);
+  // One step of one row: 32 floats (fewer at the end of a row) to int8, their scale, and the sums of both halves.
+  void (*quantize)(const float* x, int8_t* q, float* scale, int32_t* sums);
+  // float32 of a tile's scales, and of its minimums if there are any, each [groups, 16].
+  void (*scales)(const qjax_weight& w, int64_t tile, float* scale, float* minimum);
+  void (*dense)(const uint16_t* w, int64_t columns, int bf16, const float* x, int64_t m, float* y, int64_t y_stride);
+};
+
+// NULL where the program was built for another kind of CPU.
+const KernelTable* GenericKernels();
+const KernelTable* Avx2Kernels();
+const KernelTable* AvxVnniKernels();
+const KernelTable* Avx512Kernels();
+const KernelTable* NeonDotKernels();
+const KernelTable* NeonI8mmKernels();
+
+}  // namespace qjax
+
+#endif  // QJAX_KERNELS_H_
