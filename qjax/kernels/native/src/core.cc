@@ -217,7 +217,7 @@ struct Job {
   }
 
   Codes CodesAt(int64_t tile, int64_t step) const {
-    Codes codes{{nullptr, nullptr}, table};
+    Codes codes{{nullptr, nullptr}, table, table, 0};
     for (int p = 0; p < w->plane_count; ++p) {
       codes.plane[p] = w->plane[p] + (tile * steps + step) * 64 * w->width[p];
     }
@@ -251,11 +251,17 @@ struct Job {
     float* low = scale + parts * kLanes;
     for (int64_t tile = begin; tile < end; ++tile) {
       Scales(in, tile, scale, low);
+      Codes codes = CodesAt(tile, 0);
+      if (tile + 1 < tiles) {
+        const int64_t bytes = w->sub != nullptr ? qjax_sub_bytes(w) : qjax_scale_bytes(w);
+        codes.soon_bytes = bytes / tiles / steps;
+        codes.soon = (w->sub != nullptr ? w->sub : static_cast<const uint8_t*>(w->scale)) + bytes / tiles * (tile + 1);
+      }
       for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
         alignas(64) float sums[kMostRows * kLanes] = {};
         const Rows rows = ChunkAt(in, chunk, 0);
         const auto& products = in.int8 ? in.table->int8_product : in.table->float_product;
-        products[form][halves][rows.rows - 1](CodesAt(tile, 0), steps, rows, scale, Bias(*w), sums);
+        products[form][halves][rows.rows - 1](codes, steps, rows, scale, Bias(*w), sums);
         if (minimum) in.table->minimum[rows.rows - 1](parts, rows, low, sums);
         Write(in, tile, in.First(chunk), rows.rows, sums);
       }

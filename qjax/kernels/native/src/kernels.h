@@ -20,6 +20,9 @@ enum CodeForm { kForm8, kForm4, kForm4Table, kForm4And1, kForm4And2, kForm2, kFo
 struct Codes {
   const uint8_t* plane[2];
   const uint8_t* table;  // 16 values plus 128
+  // Memory that will be read soon, `soon_bytes` of it a step.
+  const uint8_t* soon;
+  int64_t soon_bytes;
 };
 
 // One chunk of rows of x, made ready: see PrepareX in core.cc. `rows` of them lie side by side in each entry.
