@@ -19,6 +19,7 @@ from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations
+from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig, load_gguf
 from qjax.models.load import Make, Place, gguf_tensors, keep, read_array, warn_kept
 from qjax.quantizers.ggml_legacy import check_finite, encode
@@ -37,6 +38,9 @@ QUANTIZE_TYPES: dict[str, int] = {
 }
 
 DEFAULT_TOKENS = 128
+
+# Off until `qmatmul` multiplies with weights in lanes.
+_LANES = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,8 @@ def load(
     file = open_gguf(path)
     if make is not None:
         _check_quantizable(file)
-    params, config = load_gguf(file, make=make, place=place, progress=progress)
+    layout = lay_out if _LANES else keep
+    params, config = load_gguf(file, make=make, lay_out=layout, place=place, progress=progress)
     return Model(params, config, file.metadata, file.metadata_types, path)
 
 
@@ -231,12 +236,15 @@ def convert(
         _check_quantizable(file)
 
     def rewritten(name: str, kind: str) -> np.ndarray:
-        array = read_array(file, name, np.asarray, apply_scale=False)
-        if kind != file.tensors[name].type:
+        array = read_array(file, name, apply_scale=False)
+        if kind == file.tensors[name].type:
+            data = to_blocks(array)
+        else:
             w = np.asarray(array, np.float32)
             check_finite(name, w)
-            return np.asarray(_encoded(kind, w))
-        return to_blocks(array)
+            data = np.asarray(_encoded(kind, w))
+        file.release(name)
+        return data
 
     def made(name: str, kind: str, kept: bool) -> np.ndarray:
         data = file.raw(name) if kept else rewritten(name, kind)

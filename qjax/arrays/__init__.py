@@ -4,6 +4,9 @@ from qjax.arrays.affine import AffineArray as AffineArray
 from qjax.arrays.base import GroupedArray as GroupedArray
 from qjax.arrays.base import QuantizedArray as QuantizedArray
 from qjax.arrays.codebook import CodebookArray as CodebookArray
+from qjax.arrays.lanes import LaneBlockedArray as LaneBlockedArray
+from qjax.arrays.lanes import serves_lanes as serves_lanes
+from qjax.arrays.lanes import to_lanes as to_lanes
 from qjax.arrays.memory import Memory as Memory
 from qjax.arrays.memory import memory as memory
 from qjax.arrays.partition import Partitioned as Partitioned

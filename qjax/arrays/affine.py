@@ -1,4 +1,4 @@
-"""Affine family: integer codes under one float scale (and minimum) a group."""
+"""Affine family: integer codes under one float scale (and minimum or zero point) a group."""
 
 from typing import Any
 
@@ -32,18 +32,21 @@ def widen(scale: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @struct.dataclass(repr=False)
 class AffineArray(GroupedArray):
-    """w = scale * (code - offset) + minimum.
+    """w = scale * (code - offset - zero) + minimum.
+
+    In float32 the integers are subtracted first and the scale multiplies once: no rounding but that product's.
 
     Leaves (arrays):
       planes: tuple of uint8 [..., out, in * width / 8], one for each plane of `layout`; see `planes.py`.
       scale: float16 (or bfloat16, float32) [..., out, groups]; groups = 1 is one scale a channel.
       minimum: like scale, or None.
+      zero: uint8 [..., out, groups], the integer zero point of each group, or None.
     Static:
       layout: how the codes lie in the planes.
       offset: subtracted from each unsigned code. 8-bit codes with offset 128 are stored as their int8 values'
         bytes (two's complement), so that no kernel has to shift them.
 
-    Serves Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+    Serves Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, and with zero points GPTQ, AWQ and compressed-tensors.
     """
 
     planes: Any
@@ -51,6 +54,7 @@ class AffineArray(GroupedArray):
     minimum: Any
     layout: Layout = struct.field(pytree_node=False, default=(Plane(4, 16),))
     offset: int = struct.field(pytree_node=False, default=0)
+    zero: Any = None
 
     @property
     def group_size(self) -> int:
@@ -72,10 +76,27 @@ class AffineArray(GroupedArray):
         return widen(self.scale)
 
     def minimums(self) -> Float[Array, "... out groups"] | None:
-        return None if self.minimum is None else widen(self.minimum)
+        minimum = None if self.minimum is None else widen(self.minimum)
+        if self.zero is None:
+            return minimum
+        shift = -(self.scales() * self.zero.astype(jnp.float32))
+        return shift if minimum is None else shift + minimum
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "... out in"]:
+        if self.zero is None:
+            return super().dequantize(dtype)
+        # Not by way of `minimums`: scale * code - scale * zero would round twice.
+        codes, (scales, minimum) = self.codes(), self.replace(zero=None).group_scales()  # pyright: ignore[reportAttributeAccessIssue]
+        *lead, n = codes.shape
+        grouped = codes.reshape(*lead, scales.shape[-1], -1).astype(jnp.float32)
+        w = scales[..., None] * (grouped - self.zero.astype(jnp.float32)[..., None])
+        if minimum is not None:
+            w = w + minimum[..., None]
+        return w.reshape(*lead, n).astype(dtype)
 
     def describe(self) -> str:
         groups = self.scale.shape[-1]
         where = "one scale a channel" if groups == 1 else f"groups of {self.group_size}"
-        kind = "symmetric" if self.minimum is None else "with minimum"
+        kinds = [name for name in ("minimum", "zero") if getattr(self, name) is not None]
+        kind = f"with {' and '.join(kinds)}" if kinds else "symmetric"
         return f"{self.bits}-bit {kind}, {where}, {self.scale.dtype} scales"

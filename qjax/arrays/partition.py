@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.arrays.base import QuantizedArray
+from qjax.arrays.lanes import LANES, LaneBlockedArray
 
 Side = Literal["out", "in"]
 
@@ -50,8 +51,23 @@ class Partitioned:
         return f"Partitioned({self.weight!r}, {self.side}_features over {self.axis!r})"
 
 
+def _cuttable(weight: LaneBlockedArray, parts: int, side: Side) -> bool:
+    """Whether equal parts of each leaf are lane-blocked arrays themselves, with the same static fields."""
+    leaves = jax.tree.leaves(weight)
+    if side == "out":
+        return weight.padding == 0 and leaves[0].shape[0] % parts == 0
+    return (
+        weight.columns_padding == 0
+        and weight.shape[1] % (parts * weight.column_unit) == 0
+        # The 16 lanes of a number stay together.
+        and all(leaf.shape[1] % (parts * LANES) == 0 for leaf in leaves)
+    )
+
+
 def partition(weight: Any, mesh: Mesh, axis: str, side: Side = "out") -> Partitioned:
     """Cut a 2-D packed or float weight over one axis of a mesh and put its parts there.
+
+    A lane-blocked weight stays so where the cut falls between its tiles, or between its steps; else it becomes plain.
 
     Raises:
       ValueError: the axis' size does not divide the rows, or the columns on group borders.
@@ -60,6 +76,8 @@ def partition(weight: Any, mesh: Mesh, axis: str, side: Side = "out") -> Partiti
         raise ValueError(f"expected a 2-D weight to partition, got shape {weight.shape}")
     parts = mesh.shape[axis]
     rows, columns = weight.shape
+    if isinstance(weight, LaneBlockedArray) and not _cuttable(weight, parts, side):
+        weight = weight.plain()
     if side == "out" and rows % parts:
         raise ValueError(f"cannot cut {rows} rows into {parts} equal parts over mesh axis {axis!r}")
     if side == "in":

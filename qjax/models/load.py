@@ -16,6 +16,7 @@ from qjax.models.config import ModelConfig, config_from_gguf
 
 Make = Callable[[str, Any], Any]
 Place = Callable[[str, Any], Any]
+LayOut = Callable[[str, Any], Any]
 
 # Name in the file -> where it goes; of a layer's tensors the part after "blk.N.".
 TOP = {"token_embd.weight": "token_embd", "output.weight": "output", "output_norm.weight": "output_norm"}
@@ -104,17 +105,17 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             )
 
 
-def read_array(
-    file: GGUFFile, name: str, put: Callable[[np.ndarray], Any] = jax.device_put, *, apply_scale: bool = True
-) -> Any:
-    """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied unless unwanted."""
-    array = from_blocks(file.tensors[name].type, file.raw(name), put)
+def read_array(file: GGUFFile, name: str, *, apply_scale: bool = True) -> Any:
+    """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied unless unwanted.
+
+    Its leaves are numpy's and may be views on the file: `file.release(name)` is for when they are done with.
+    """
+    array = from_blocks(file.tensors[name].type, file.raw(name), np.asarray)
     scale = name.removesuffix(".weight") + ".scale"
     if isinstance(array, RawBlockArray) and array.type == "NVFP4" and apply_scale and scale in file.tensors:
         factor = np.ascontiguousarray(file.raw(scale)).view(FLOAT_TYPES[file.tensors[scale].type])
         rows = np.full((*array.shape[:-1], 1), factor.reshape(-1)[0], np.float32)
-        array = array.replace(tensor_scale=put(rows))  # pyright: ignore[reportAttributeAccessIssue]
-    file.release(name)
+        array = array.replace(tensor_scale=rows)  # pyright: ignore[reportAttributeAccessIssue]
     return array
 
 
@@ -146,7 +147,7 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
 
 
 def keep(_: str, array: Any) -> Any:
-    """The `place` that leaves an array where it is."""
+    """The `place` and the `lay_out` that leave an array as it is."""
     return array
 
 
@@ -159,6 +160,7 @@ def load_gguf(
     file: GGUFFile,
     *,
     make: Make | None = None,
+    lay_out: LayOut = keep,
     place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
@@ -166,6 +168,9 @@ def load_gguf(
 
     Args:
       make: `make(name, float32 [out, in]) -> array`, asked for each float matrix: in-situ quantization.
+      lay_out: `lay_out(name, array) -> array`, asked for each matrix that is multiplied with, made ones included: the
+        array in the memory layout that kernels want. Its leaves are numpy's, or JAX arrays after `make`; both may
+        come back.
       place: `place(name, array) -> array`: puts an array where it shall live.
       progress: told each tensor's name once it is loaded.
 
@@ -182,10 +187,14 @@ def load_gguf(
     def get(name: str) -> Any:
         array = read_array(file, name)
         if make is not None and not isinstance(array, QuantizedArray) and array.ndim == 2:
-            array = make(name, array.astype(np.float32))
+            array = make(name, jax.device_put(array).astype(np.float32))
         elif make is not None and isinstance(array, QuantizedArray):
             warn_kept(name, file.tensors[name].type)
-        array = place(name, array)
+        # Of an embedding only rows are looked up, unless it is the output's matrix too.
+        if array.ndim == 2 and (name != "token_embd.weight" or "output.weight" not in file.tensors):
+            array = lay_out(name, array)
+        array = place(name, jax.device_put(array))
+        file.release(name)
         progress(name)
         return array
 
@@ -199,7 +208,7 @@ def load_gguf(
     params = {key: get(name) for name, key in TOP.items() if name in file.tensors}
     factors = None
     if "rope_freqs.weight" in file.tensors:
-        factors = np.asarray(read_array(file, "rope_freqs.weight", np.asarray), np.float32)
+        factors = np.asarray(read_array(file, "rope_freqs.weight"), np.float32)
         if not (factors > 0).all():
             raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has numbers that are not positive")
         params["rope_factors"] = factors

@@ -9,12 +9,13 @@ Sources: ggml-common.h's structs; `gguf.quants` is the oracle of the tests.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from qjax.arrays import AffineArray, CodebookArray, QuantizedArray, RawBlockArray, TwoLevelArray
+from qjax.arrays import AffineArray, CodebookArray, LaneBlockedArray, QuantizedArray, RawBlockArray, TwoLevelArray
 from qjax.arrays.codebook import E2M1_VALUES, IQ4_VALUES
 from qjax.arrays.planes import Plane, pack_plane, unpack_plane
 from qjax.errors import UnsupportedError
@@ -149,7 +150,7 @@ FLOAT_TYPES: dict[str, Any] = {
 READABLE_TYPES = frozenset(BLOCK_TYPES) | RAW_TYPES | frozenset(FLOAT_TYPES)
 
 _LEAVES: dict[type, tuple[str, ...]] = {
-    AffineArray: ("scale", "minimum"),
+    AffineArray: ("scale", "minimum", "zero"),
     TwoLevelArray: ("sub_scales", "super_scale", "super_minimum"),
     CodebookArray: ("scale", "sub_scales"),
 }
@@ -207,6 +208,9 @@ def type_of(array: Any) -> str:
     Raises:
       UnsupportedError: no ggml type has these bits, groups and scales.
     """
+    if isinstance(array, LaneBlockedArray):
+        # Its type is that of the plain array, whose shapes are enough.
+        array = jax.eval_shape(LaneBlockedArray.plain, array)
     if isinstance(array, RawBlockArray):
         return array.type
     if not isinstance(array, QuantizedArray):
@@ -234,6 +238,8 @@ def type_of(array: Any) -> str:
 def to_blocks(array: Any) -> Bytes:
     """The bytes [..., rows, bytes of a row] of `array` in the file type that `type_of` names."""
     name = type_of(array)
+    if isinstance(array, LaneBlockedArray):
+        array = jax.tree.map(np.asarray, array).plain()
     if name in FLOAT_TYPES:
         return np.ascontiguousarray(np.asarray(array)).view(np.uint8)
     if isinstance(array, RawBlockArray):

@@ -1,0 +1,15 @@
+"""The memory layout that this machine's kernels want for a weight, chosen once at load."""
+
+from typing import Any
+
+import jax
+
+from qjax.arrays import serves_lanes, to_lanes
+from qjax.kernels import native
+
+
+def lay_out(name: str, array: Any) -> Any:
+    """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter."""
+    if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.available():
+        return to_lanes(array)
+    return array
