@@ -18,8 +18,11 @@ namespace qjax {
 namespace {
 
 constexpr int kTilesTogether = 2;      // of a panel: each chunk of x is read once for them
-constexpr int64_t kPanelSteps = 16;    // of 8-bit codes: 8 KiB a tile
-constexpr int64_t kFloatSteps = 8;     // of floats: 16 KiB a tile
+// Columns are taken in stretches of whole super-blocks, so that scales and codes are read side by side.
+constexpr int64_t kFusedSteps = 32;    // unpacked in registers
+constexpr int64_t kPanelSteps = 16;    // to 8-bit codes: 8 KiB a tile
+constexpr int64_t kFloatSteps = 8;     // to floats: 16 KiB a tile
+constexpr int64_t kMostParts = 2 * kFusedSteps;
 constexpr int64_t kTaskBytes = 1 << 16;
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -217,109 +220,98 @@ struct Job {
   }
 
   Codes CodesAt(int64_t tile, int64_t step) const {
-    Codes codes{{nullptr, nullptr}, table, table, 0};
+    Codes codes{{nullptr, nullptr}, table};
     for (int p = 0; p < w->plane_count; ++p) {
       codes.plane[p] = w->plane[p] + (tile * steps + step) * 64 * w->width[p];
     }
     return codes;
   }
 
-  // Scales of a tile, one a step or half step.
-  void Scales(const Inputs& in, int64_t tile, float* scale, float* low) const {
-    in.table->scales(*w, tile, scale, minimum ? low : nullptr);
-    const int64_t groups = Groups(*w), parts = Parts(*w), each = Ceil(w->group_size, kStep);
-    for (int64_t s = parts; groups < parts && s-- > 0;) {
-      memmove(scale + s * kLanes, scale + s / each * kLanes, kLanes * sizeof(float));
-      if (minimum) memmove(low + s * kLanes, low + s / each * kLanes, kLanes * sizeof(float));
+  // Scales of `n` steps of a tile from `step` on, one a step or half step.
+  void Scales(const Inputs& in, int64_t tile, int64_t step, int64_t n, float* scale, float* low) const {
+    const int64_t groups = Groups(*w), each = halves ? 2 : 1;
+    if (w->group_size <= kStep) {
+      in.table->scales(*w, groups, tile, step * each, n * each, scale, minimum ? low : nullptr);
+    } else {
+      const auto group_of = [&](int64_t s) { return s * kStep / w->group_size; };
+      const int64_t first = group_of(step), count = group_of(step + n - 1) - first + 1;
+      alignas(64) float some_scale[kMostParts * kLanes], some_low[kMostParts * kLanes];
+      in.table->scales(*w, groups, tile, first, count, some_scale, minimum ? some_low : nullptr);
+      for (int64_t s = 0; s < n; ++s) {
+        const int64_t from = (group_of(step + s) - first) * kLanes;
+        memcpy(scale + s * kLanes, some_scale + from, kLanes * sizeof(float));
+        if (minimum) memcpy(low + s * kLanes, some_low + from, kLanes * sizeof(float));
+      }
     }
     const int extra = in.int8 ? 0 : Bias(*w) - Offset(*w);
-    for (int64_t i = 0; extra != 0 && i < parts * kLanes; ++i) low[i] += scale[i] * static_cast<float>(extra);
+    for (int64_t i = 0; extra != 0 && i < n * each * kLanes; ++i) low[i] += scale[i] * static_cast<float>(extra);
   }
 
-  void Write(const Inputs& in, int64_t tile, int64_t first, int64_t rows, const float* sums) const {
+  void Write(int64_t tile, int64_t rows, const float* sums) const {
     const int64_t lanes = std::min<int64_t>(kLanes, w->rows - tile * kLanes);
-    (void)in;
-    for (int64_t r = 0; r < rows; ++r) {
-      memcpy(y + (first + r) * w->rows + tile * kLanes, sums + r * kLanes, lanes * sizeof(float));
-    }
+    for (int64_t r = 0; r < rows; ++r) memcpy(y + r * w->rows + tile * kLanes, sums + r * kLanes, lanes * sizeof(float));
   }
 
   bool Few(const Inputs& in, int64_t begin, int64_t end) const {
-    const int64_t parts = Parts(*w);
-    float* scale = scratch.Floats(2 * parts * kLanes);
-    if (scale == nullptr) return false;
-    float* low = scale + parts * kLanes;
+    alignas(64) float scale[kMostParts * kLanes], low[kMostParts * kLanes];
+    const auto& products = in.int8 ? in.table->int8_product : in.table->float_product;
     for (int64_t tile = begin; tile < end; ++tile) {
-      Scales(in, tile, scale, low);
-      Codes codes = CodesAt(tile, 0);
-      if (tile + 1 < tiles) {
-        const int64_t bytes = w->sub != nullptr ? qjax_sub_bytes(w) : qjax_scale_bytes(w);
-        codes.soon_bytes = bytes / tiles / steps;
-        codes.soon = (w->sub != nullptr ? w->sub : static_cast<const uint8_t*>(w->scale)) + bytes / tiles * (tile + 1);
+      alignas(64) float sums[kMostRows * kLanes] = {};
+      for (int64_t step = 0; step < steps; step += kFusedSteps) {
+        const int64_t n = std::min(kFusedSteps, steps - step);
+        const Rows rows = ChunkAt(in, 0, step);
+        Scales(in, tile, step, n, scale, low);
+        products[form][halves][rows.rows - 1](CodesAt(tile, step), n, rows, scale, Bias(*w), sums);
+        if (minimum) in.table->minimum[rows.rows - 1](n * (halves ? 2 : 1), rows, low, sums);
       }
-      for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
-        alignas(64) float sums[kMostRows * kLanes] = {};
-        const Rows rows = ChunkAt(in, chunk, 0);
-        const auto& products = in.int8 ? in.table->int8_product : in.table->float_product;
-        products[form][halves][rows.rows - 1](codes, steps, rows, scale, Bias(*w), sums);
-        if (minimum) in.table->minimum[rows.rows - 1](parts, rows, low, sums);
-        Write(in, tile, in.First(chunk), rows.rows, sums);
-      }
+      Write(tile, in.m, sums);
     }
     return true;
   }
 
   bool Many(const Inputs& in, int64_t begin, int64_t end) const {
-    const int64_t parts = Parts(*w), count = end - begin, each = halves ? 2 : 1;
+    const int64_t count = end - begin, each = halves ? 2 : 1;
     const int64_t stretch = in.int8 ? kPanelSteps : kFloatSteps;
     const int64_t panel_floats = stretch * kStep * kLanes / (in.int8 ? 4 : 1);
     const int64_t code_floats = in.int8 ? 0 : stretch * kStep * kLanes / 4;
-    const int64_t tile_floats = 2 * parts * kLanes + panel_floats + in.m * kLanes;
+    const int64_t tile_floats = panel_floats + in.m * kLanes;
     float* memory = scratch.Floats(count * tile_floats + code_floats);
     if (memory == nullptr) return false;
-    const auto part = [&](int64_t i, int64_t at) { return memory + i * tile_floats + at; };
-    const int64_t low_at = parts * kLanes, panel_at = 2 * low_at, sums_at = panel_at + panel_floats;
+    alignas(64) float scale[kTilesTogether][kMostParts * kLanes], low[kTilesTogether][kMostParts * kLanes];
+    const auto panel_of = [&](int64_t i) { return memory + i * tile_floats; };
+    const auto sums_of = [&](int64_t i) { return memory + i * tile_floats + panel_floats; };
     auto* codes = reinterpret_cast<uint8_t*>(memory + count * tile_floats);
-    for (int64_t i = 0; i < count; ++i) {
-      Scales(in, begin + i, part(i, 0), part(i, low_at));
-      memset(part(i, sums_at), 0, in.m * kLanes * sizeof(float));
-    }
+    for (int64_t i = 0; i < count; ++i) memset(sums_of(i), 0, in.m * kLanes * sizeof(float));
     for (int64_t step = 0; step < steps; step += stretch) {
       const int64_t n = std::min(stretch, steps - step);
-      const Codes* packed[kTilesTogether];
-      Codes in_place[kTilesTogether];
+      Codes packed[kTilesTogether];
       for (int64_t i = 0; i < count; ++i) {
-        in_place[i] = CodesAt(begin + i, step);
-        packed[i] = &in_place[i];
-        auto* panel = reinterpret_cast<uint8_t*>(part(i, panel_at));
-        if (in.int8 && form != kForm8) {
-          in.table->unpack[form](in_place[i], n, panel);
-          in_place[i].plane[0] = panel;
-        } else if (!in.int8) {
-          const uint8_t* bytes = in_place[i].plane[0];
-          if (form != kForm8) in.table->unpack[form](in_place[i], n, codes), bytes = codes;
-          in.table->dequantize(bytes, n, part(i, step * each * kLanes),
-                               minimum ? part(i, low_at + step * each * kLanes) : nullptr, Bias(*w), halves,
-                               part(i, panel_at));
+        Scales(in, begin + i, step, n, scale[i], low[i]);
+        packed[i] = CodesAt(begin + i, step);
+        auto* bytes = in.int8 ? reinterpret_cast<uint8_t*>(panel_of(i)) : codes;
+        if (form != kForm8) {
+          in.table->unpack[form](packed[i], n, bytes);
+          packed[i].plane[0] = bytes;
+        }
+        if (!in.int8) {
+          in.table->dequantize(packed[i].plane[0], n, scale[i], minimum ? low[i] : nullptr, Bias(*w), halves,
+                               panel_of(i));
         }
       }
       for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
         const Rows rows = ChunkAt(in, chunk, step);
         for (int64_t i = 0; i < count; ++i) {
-          float* sums = part(i, sums_at + in.First(chunk) * kLanes);
+          float* sums = sums_of(i) + in.First(chunk) * kLanes;
           if (in.int8) {
-            in.table->int8_product[kForm8][halves][rows.rows - 1](*packed[i], n, rows, part(i, step * each * kLanes), 0,
-                                                                  sums);
-            if (minimum) {
-              in.table->minimum[rows.rows - 1](n * each, rows, part(i, low_at + step * each * kLanes), sums);
-            }
+            in.table->int8_product[kForm8][halves][rows.rows - 1](packed[i], n, rows, scale[i], 0, sums);
+            if (minimum) in.table->minimum[rows.rows - 1](n * each, rows, low[i], sums);
           } else {
-            in.table->panel_product[rows.rows - 1](part(i, panel_at), n * kStep, rows, sums);
+            in.table->panel_product[rows.rows - 1](panel_of(i), n * kStep, rows, sums);
           }
         }
       }
     }
-    for (int64_t i = 0; i < count; ++i) Write(in, begin + i, 0, in.m, part(i, sums_at));
+    for (int64_t i = 0; i < count; ++i) Write(begin + i, in.m, sums_of(i));
     return true;
   }
 };

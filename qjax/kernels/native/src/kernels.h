@@ -20,9 +20,6 @@ enum CodeForm { kForm8, kForm4, kForm4Table, kForm4And1, kForm4And2, kForm2, kFo
 struct Codes {
   const uint8_t* plane[2];
   const uint8_t* table;  // 16 values plus 128
-  // Memory that will be read soon, `soon_bytes` of it a step.
-  const uint8_t* soon;
-  int64_t soon_bytes;
 };
 
 // One chunk of rows of x, made ready: see PrepareX in core.cc. `rows` of them lie side by side in each entry.
@@ -56,8 +53,10 @@ struct KernelTable {
   void (*panel_product[kMostRows])(const float* panel, int64_t columns, const Rows&, float* sums);
   // One step of one row: 32 floats (fewer at the end of a row) to int8, their scale, and the sums of both halves.
   void (*quantize)(const float* x, int8_t* q, float* scale, int32_t* sums);
-  // float32 of a tile's scales, and of its minimums if there are any, each [groups, 16].
-  void (*scales)(const qjax_weight& w, int64_t tile, float* scale, float* minimum);
+  // float32 of a tile's scales, and of its minimums if wanted, each [count, 16], for `count` groups from `first` on
+  // (whole super-blocks where there are any); a row has `groups`.
+  void (*scales)(const qjax_weight& w, int64_t groups, int64_t tile, int64_t first, int64_t count, float* scale,
+                 float* minimum);
   void (*dense)(const uint16_t* w, int64_t columns, int bf16, const float* x, int64_t m, float* y, int64_t y_stride);
 };
 
