@@ -103,7 +103,7 @@ class LaneBlockedArray(QuantizedArray):
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "... out in"]:
         rows, columns = self.shape[-2:]
-        return self._rows(_all_rows).dequantize(dtype)[..., :rows, :columns]
+        return jax.tree.map(jnp.asarray, self)._rows(_all_rows).dequantize(dtype)[..., :rows, :columns]
 
     def take(self, rows: Integer[Array, "..."], dtype: Any = jnp.float32) -> Float[Array, "... in"]:
         if self.ndim != 2:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.arrays import QuantizedArray, memory
+from qjax.api import quantizer
+from qjax.arrays import LaneBlockedArray, QuantizedArray, memory, serves_lanes, to_lanes
 from qjax.errors import FormatError, QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import open_gguf, to_blocks
 from qjax.models import forward, load_gguf
@@ -82,6 +83,35 @@ def test_make_and_place_see_each_array(write_model: Any) -> None:
     assert params["layers"][0]["attn_norm"].dtype == jnp.float32
     with pytest.warns(QjaxWarning, match=".weight is Q4_0 already and stays so"):
         load_gguf(open_gguf(write_model("llama", "Q4_0")), make=make)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_that_are_multiplied_with_are_laid_out(write_model: Any, tied: bool) -> None:
+    change = {"output.weight": None, "blk.0.attn_q.weight": ((256, 256), "IQ2_XS")} if tied else {}
+    file = open_gguf(write_model("llama", "Q4_K", change=change))
+    asked: list[str] = []
+
+    def lay_out(name: str, array: Any) -> Any:
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(array)), "on the host still"
+        asked.append(name)
+        return to_lanes(array) if serves_lanes(array) is None else array
+
+    params, config = load_gguf(file, lay_out=lay_out)
+    matrices = {name for name, info in file.tensors.items() if len(info.shape) == 2}
+    assert sorted(asked) == sorted(matrices - (set() if tied else {"token_embd.weight"}))
+    assert isinstance(params["layers"][1]["ffn_down"], LaneBlockedArray)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params["layers"]))
+    for name, array in gguf_tensors(params, config):
+        assert to_blocks(array).tobytes() == file.raw(name).tobytes(), name
+
+
+def test_made_matrices_are_laid_out(write_model: Any) -> None:
+    file = open_gguf(write_model("llama", "F32"))
+    params, config = load_gguf(file, make=quantizer("q8_0"), lay_out=lambda name, array: to_lanes(array))
+    plain, _ = load_gguf(file, make=quantizer("q8_0"))
+    assert isinstance(params["output"], LaneBlockedArray)
+    for (name, array), (_, same) in zip(gguf_tensors(params, config), gguf_tensors(plain, config), strict=True):
+        np.testing.assert_array_equal(to_blocks(array), to_blocks(same), err_msg=name)
 
 
 @pytest.mark.parametrize(
