@@ -1,0 +1,601 @@
+"""qjax against llama.cpp: the same GGUF files, the same number of threads, turns taken within one run.
+
+Weights are made up (`qjax bench --save`). In each round every type has, for each test, one sample of qjax and one of
+llama.cpp next to each other in time, and who goes first alternates: a noisy machine is noisy to both. The ratio is
+the median of the ratios within rounds; the ratio of the two medians stands beside it.
+
+llama.cpp is its own `llama-bench` (--llama-bench), a process a sample, with its own warm-up; or, where only
+llama-cpp-python is at hand (--peer-python), `llama_decode` called as llama-bench calls it, without Python's sampling
+loop. Both run with flash attention off and on, and the better one counts; all else is llama.cpp's default.
+Loading counts for neither. The read bandwidth of the machine is measured in the same rounds with as many threads.
+"""
+
+import argparse
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = ("tg", "pp")
+SIDES = ("qjax", "llama.cpp")
+# What qjax wants to reach: its tokens a second over llama.cpp's.
+TARGETS: dict[str, dict[str, float]] = {
+    "tg": {"q4_0": 1.30, "q8_0": 1.25, "q4_k_m": 1.15, "q6_k": 1.15},
+    "pp": {"q4_0": 1.5, "q8_0": 1.8, "q4_k_m": 1.2, "q6_k": 1.3},
+}
+# A type that llama.cpp has not: 4 bits, groups of 128 with a float16 scale and a zero point, as GPTQ's files have.
+INT4 = "int4 g128"
+INT4_PEER = "q4_0"
+BANDWIDTH_BYTES = 2 << 30
+# What of /proc/cpuinfo's flags decides the speed of a dot of small integers.
+FLAGS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_int8": "AMX int8",
+    "asimddp": "NEON dotprod",
+    "i8mm": "NEON i8mm",
+}
+
+# ---- workers: processes that load once and answer each line of stdin with one line of JSON
+
+
+def serve(facts: dict[str, Any], answer: Callable[..., Any], answers: Any) -> None:
+    """Say what was loaded, then answer requests (words of a line) until stdin ends."""
+    answers.write(json.dumps(facts) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(*line.split())) + "\n")
+        answers.flush()
+
+
+def int4_params(config: Any) -> dict[str, Any]:
+    """Made-up params with each matrix, the output's too, in 4 bits under groups of 128; float16 embeddings.
+
+    Codes and zero points are random, scales such that weights are near trained ones' size, 1/sqrt(in).
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qjax import api
+    from qjax.arrays import AffineArray
+    from qjax.kernels.layout import lay_out
+    from qjax.models.load import MATRICES, NORMS, expected_shapes, inverse_frequencies
+
+    rng = np.random.default_rng(0)
+    # As `qjax.load` decides it.
+    order = lay_out if getattr(api, "_LANES", True) else lambda name, array: array
+
+    def matrix(name: str) -> Any:
+        out, columns = shapes[name]
+        scale = rng.uniform(0.5, 1.5, (out, columns // 128)) * columns**-0.5 / 5
+        zero = rng.integers(7, 10, scale.shape, np.uint8)
+        codes = jax.device_put(rng.integers(0, 256, (out, columns // 2), np.uint8))
+        return order(name, AffineArray((codes,), jnp.asarray(scale, jnp.float16), None, zero=jnp.asarray(zero)))
+
+    shapes = expected_shapes(config)
+    norm = jnp.ones(config.hidden, jnp.float32)
+    return {
+        "token_embd": jnp.asarray(rng.standard_normal(shapes["token_embd.weight"], np.float32), jnp.float16),
+        "output": matrix("output.weight"),
+        "output_norm": norm,
+        "rope": jax.device_put(inverse_frequencies(config, None)),
+        "layers": [
+            {
+                **{name: matrix(f"blk.{i}.{name}.weight") for name in MATRICES},
+                **dict.fromkeys(NORMS, norm),
+            }
+            for i in range(config.layers)
+        ],
+    }
+
+
+def qjax_worker(source: str, threads: int, answers: Any) -> None:
+    """Answers "tg 128" or "tg 128 int8" with tokens a second; `source` is a file, or int4:SHAPE."""
+    from qjax.evaluate.speed import limit_threads, measure
+
+    limit_threads(threads)
+    import jax
+
+    import qjax
+    from qjax.arrays import memory
+    from qjax.evaluate.shapes import shape_of
+
+    if source.startswith("int4:"):
+        config = shape_of(source.removeprefix("int4:")).config
+        params = int4_params(config)
+    else:
+        model = qjax.load(source)
+        params, config = model.params, model.config
+    jax.block_until_ready(params)
+
+    def sample(test: str, tokens: str, activations: str | None = None) -> float:
+        chosen: Any = {} if activations is None else {"activations": activations}
+        sizes = {"pp": 0, "tg": 0} | {test: int(tokens)}
+        return measure(params, config, **sizes, repeat=1, **chosen)[0].tokens_per_second
+
+    # A token reads one row of the embedding and all of the rest.
+    rest = {key: value for key, value in params.items() if key != "token_embd"}
+    default = inspect.signature(measure).parameters["activations"].default
+    serve({"touched": memory(rest).nbytes, "activations": default, "jax": jax.__version__}, sample, answers)
+
+
+def peer_worker(source: str, threads: int, answers: Any) -> None:
+    """Answers "tg 128" with {flash attention: tokens a second}; runs in the peer's Python.
+
+    As llama-bench does it: random tokens, an empty cache of just the size, batches of 2048 in pieces of 512, no
+    sampling, one synchronization a step; before the clock starts the whole prompt, or one token.
+    """
+    import ctypes
+    import random
+
+    import llama_cpp as lib
+
+    silent = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(source.encode(), lib.llama_model_default_params())
+    if not model:
+        raise SystemExit(f"llama.cpp cannot open {source}")
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+
+    def run(context: Any, tokens: int, batch: int) -> None:
+        lib.llama_memory_clear(lib.llama_get_memory(context), False)
+        for start in range(0, tokens, batch):
+            count = min(batch, tokens - start)
+            ids = (lib.llama_token * count)(*(random.randrange(vocab) for _ in range(count)))
+            if lib.llama_decode(context, lib.llama_batch_get_one(ids, count)):
+                raise SystemExit("llama_decode failed")
+            if batch == 1:
+                lib.llama_synchronize(context)
+        lib.llama_synchronize(context)
+
+    def sample(test: str, count: str) -> dict[str, float]:
+        tokens, rates = int(count), {}
+        for flash in (0, 1):
+            wanted = lib.llama_context_default_params()
+            wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = tokens, 2048, 512
+            wanted.n_threads = wanted.n_threads_batch = threads
+            wanted.flash_attn_type = flash
+            context = lib.llama_init_from_model(model, wanted)
+            batch = 1 if test == "tg" else 2048
+            run(context, 1 if test == "tg" else tokens, batch)
+            start = time.perf_counter()
+            run(context, tokens, batch)
+            rates[str(flash)] = tokens / (time.perf_counter() - start)
+            lib.llama_free(context)
+        return rates
+
+    facts = {"build": f"llama-cpp-python {lib.__version__}", "system": lib.llama_print_system_info().decode()}
+    serve(facts, sample, answers)
+
+
+def bandwidth_worker(source: str, threads: int, answers: Any) -> None:
+    """Answers any line with {method: bytes a second} of reading a buffer far larger than the caches.
+
+    The best of three passes of each: what is sought is what the memory can do.
+    """
+    # The threads are ours; before numpy is imported.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    from qjax.evaluate.speed import limit_threads
+
+    limit_threads(threads)
+    import jax
+    import numpy as np
+    from decode import bandwidth
+
+    def sample() -> dict[str, float]:
+        # Held for the moment only: large models need the room.
+        block = jax.device_put(np.ones((BANDWIDTH_BYTES >> 15, 1 << 13), np.float32))
+        parts = np.array_split(np.asarray(block).reshape(-1), threads)
+
+        def numpy_pass() -> float:
+            start = time.perf_counter()
+            list(pool.map(lambda part: np.dot(part, part), parts))
+            return block.nbytes / (time.perf_counter() - start)
+
+        with ThreadPoolExecutor(threads) as pool:
+            return {
+                "numpy": max(numpy_pass() for _ in range(3)),
+                "jax": max(bandwidth(block) for _ in range(3)),
+            }
+
+    serve({}, lambda *words: sample(), answers)
+
+
+WORKERS = {"qjax": qjax_worker, "peer": peer_worker, "bandwidth": bandwidth_worker}
+
+
+class Worker:
+    """A process of this script that answers each line with one line of JSON.
+
+    Attributes:
+      facts: what it said when it was ready.
+    """
+
+    def __init__(self, kind: str, source: str, threads: int, python: str = sys.executable) -> None:
+        self.name = f"{kind} {source}"
+        self.process = subprocess.Popen(
+            [python, __file__, "--worker", kind, source, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts: dict[str, Any] = self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker for {self.name} ended: its message is above")
+        return json.loads(line)
+
+    def ask(self, *words: object) -> Any:
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+        return self._read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- the peer
+
+
+def parse_llama_bench(text: str) -> tuple[str, dict[str, float]]:
+    """(build, {flash attention: tokens a second}) of `llama-bench -o json` with one test.
+
+    Raises:
+      ValueError: several tests, or none.
+    """
+    results = json.loads(text)
+    if len({(result["n_prompt"], result["n_gen"]) for result in results}) != 1:
+        raise ValueError(f"expected one test of llama-bench, got {len(results)} results")
+    build = f"{results[0]['build_commit']} (build {results[0]['build_number']})"
+    # Older builds write true and false.
+    return build, {str(int(result["flash_attn"])): statistics.median(result["samples_ts"]) for result in results}
+
+
+class Peer:
+    """llama.cpp, by llama-bench or by llama-cpp-python.
+
+    Attributes:
+      build: its version, once a sample was taken.
+    """
+
+    def __init__(self, llama_bench: str | None, python: str | None, threads: int) -> None:
+        self.llama_bench, self.python, self.threads = llama_bench, python, threads
+        self.build, self.system = "", ""
+        self.workers: dict[Path, Worker] = {}
+
+    def sample(self, path: Path, test: str, tokens: int) -> dict[str, float]:
+        if self.llama_bench is None:
+            assert self.python is not None
+            if path not in self.workers:
+                self.workers[path] = Worker("peer", str(path), self.threads, self.python)
+                self.build, self.system = (self.workers[path].facts[key] for key in ("build", "system"))
+            return self.workers[path].ask(test, tokens)
+        sizes = {"pp": 0, "tg": 0} | {test: tokens}
+        words = ["-p", sizes["pp"], "-n", sizes["tg"], "-r", 1, "-fa", "0,1", "-t", self.threads, "-o", "json"]
+        done = subprocess.run(
+            [self.llama_bench, "-m", str(path), *map(str, words)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"llama-bench failed on {path}:\n{done.stderr}")
+        self.build, rates = parse_llama_bench(done.stdout)
+        return rates
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+
+
+# ---- the run
+
+
+class Turn(NamedTuple):
+    """One pair of samples: who goes first, then the other."""
+
+    round: int
+    type: str
+    test: str
+    order: tuple[str, ...]
+
+
+def schedule(rounds: int, types: list[str]) -> Iterator[Turn]:
+    """All pairs in their order: from a round to the next, and from a pair to the next, the other side goes first."""
+    for i in range(rounds):
+        for j, name in enumerate(types):
+            for k, test in enumerate(TESTS):
+                swap = (i + j * len(TESTS) + k) % 2
+                yield Turn(i, name, test, SIDES[::-1] if swap else SIDES)
+
+
+def paired_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def best_flash(samples: list[dict[str, float]]) -> str:
+    """The setting of flash attention ("0" or "1") with the higher median."""
+    return max(samples[0], key=lambda flash: statistics.median(sample[flash] for sample in samples))
+
+
+def model_file(folder: Path, shape: str, name: str) -> Path:
+    """A GGUF file of made-up weights; written unless it is there."""
+    path = folder / f"{shape}-{name}.gguf"
+    if not path.exists():
+        command = ["bench", "--shape", shape, "--type", name, "--save", str(path)]
+        subprocess.run([sys.executable, "-m", "qjax.cli", *command], check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def batches(sizes: dict[str, int], free: int) -> list[list[str]]:
+    """Types that are in memory together: all, or one after another where that is too much.
+
+    Each is held by qjax, and by the peer as a file and once more in its own order.
+    """
+    return [list(sizes)] if 3 * sum(sizes.values()) + BANDWIDTH_BYTES < free else [[name] for name in sizes]
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All samples: {"samples": {type: {test: {"qjax": [...], "llama.cpp": [{flash: ...}, ...]}}}, ...}."""
+    counts = {"tg": args.tg, "pp": args.pp}
+    files = {name: model_file(folder, args.shape, name) for name in args.types}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peer = Peer(args.llama_bench, args.peer_python, args.threads)
+    memory = Worker("bandwidth", "-", args.threads)
+    facts: dict[str, dict[str, Any]] = {}
+    samples: dict[str, Any] = {}
+    read: list[dict[str, float]] = []
+
+    def note(turn: Turn, side: str, value: Any) -> None:
+        print(f"round {turn.round + 1} {turn.type} {turn.test} {side} {value}", file=sys.stderr, flush=True)
+        samples.setdefault(turn.type, {}).setdefault(turn.test, {}).setdefault(side, []).append(value)
+
+    for types in batches(sizes, free):
+        workers = {name: Worker("qjax", str(files[name]), args.threads) for name in types}
+        if INT4_PEER in types:
+            workers[INT4] = Worker("qjax", f"int4:{args.shape}", args.threads)
+        facts.update({name: worker.facts for name, worker in workers.items()})
+        # Left out, the worker measures with the default that ships.
+        chosen = [] if args.activations is None else [args.activations]
+        seen = -1
+        for turn in schedule(args.rounds, types):
+            if turn.round != seen:
+                seen = turn.round
+                read.append(memory.ask("read"))
+            for side in turn.order:
+                if side == "qjax":
+                    note(turn, side, workers[turn.type].ask(turn.test, counts[turn.test], *chosen))
+                else:
+                    note(turn, side, peer.sample(files[turn.type], turn.test, counts[turn.test]))
+            if turn.type == INT4_PEER:
+                value = workers[INT4].ask(turn.test, counts[turn.test], *chosen)
+                note(turn._replace(type=INT4), "qjax", value)
+        for worker in workers.values():
+            worker.close()
+        peer.close()
+    memory.close()
+    first = next(iter(facts.values()))
+    return {
+        "command": sys.argv,
+        "machine": machine(Path("/proc/cpuinfo")),
+        "versions": {
+            "qjax": importlib.metadata.version("qjax") + commit(),
+            "jax": first["jax"],
+            "llama.cpp": peer.build,
+            "llama.cpp system": peer.system,
+        },
+        "shape": args.shape,
+        "threads": args.threads,
+        "tokens": counts,
+        "activations": args.activations or first["activations"],
+        "touched": {name: fact["touched"] for name, fact in facts.items()},
+        "bandwidth_samples": read,
+        "bandwidth": statistics.median(max(one.values()) for one in read),
+        "samples": samples,
+    }
+
+
+def machine(cpuinfo: Path) -> str:
+    """The processor's name and what it has for dots, as Linux tells."""
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    fields = {}
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    names = [name for flag, name in FLAGS.items() if flag in flags]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(names)})"
+
+
+def commit() -> str:
+    """The checkout's commit in brackets, with a + if files have changed since; nothing outside a checkout."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True
+    )
+    return f" ({done.stdout.strip()})" if done.returncode == 0 else ""
+
+
+# ---- what is shown
+
+
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each type and test that both sides ran; decoding first."""
+    rows = []
+    for test in TESTS:
+        for name, tests in result["samples"].items():
+            if "llama.cpp" not in tests[test]:
+                continue
+            ours, theirs = tests[test]["qjax"], tests[test]["llama.cpp"]
+            flash = best_flash(theirs)
+            best = [sample[flash] for sample in theirs]
+            ratio, target = paired_ratio(ours, best), TARGETS[test].get(name)
+            row = {
+                "type": name,
+                "test": f"{test}{result['tokens'][test]}",
+                "qjax": statistics.median(ours),
+                "llama.cpp": statistics.median(best),
+                "flash_attention": flash == "1",
+                "ratio": ratio,
+                "ratio_of_medians": statistics.median(ours) / statistics.median(best),
+                "target": target,
+                "met": None if target is None else ratio >= target,
+            }
+            rows.append(row | (reading(result, name, row["qjax"]) if test == "tg" else {}))
+    return rows
+
+
+def int4_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The type that llama.cpp has not, against both sides' q4_0."""
+    rows = []
+    for test in TESTS if INT4 in result["samples"] else ():
+        ours, base = result["samples"][INT4][test]["qjax"], result["samples"][INT4_PEER][test]
+        flash = best_flash(base["llama.cpp"])
+        row = {
+            "type": INT4,
+            "test": f"{test}{result['tokens'][test]}",
+            "qjax": statistics.median(ours),
+            "against_qjax": paired_ratio(ours, base["qjax"]),
+            "against_llamacpp": paired_ratio(ours, [sample[flash] for sample in base["llama.cpp"]]),
+        }
+        rows.append(row | (reading(result, INT4, row["qjax"]) if test == "tg" else {}))
+    return rows
+
+
+def reading(result: dict[str, Any], name: str, rate: float) -> dict[str, float]:
+    """What decoding at this rate reads, against what the memory can give."""
+    touched = result["touched"][name]
+    return {
+        "touched": touched,
+        "bytes_per_second": rate * touched,
+        "of_bandwidth": rate * touched / result["bandwidth"],
+    }
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _reading_cells(row: dict[str, Any]) -> list[str]:
+    if "touched" not in row:
+        return ["", "", ""]
+    bandwidth = f"{100 * row['of_bandwidth']:.0f} %"
+    return [f"{row['touched'] / 1e6:.0f}", f"{row['bytes_per_second'] / 1e9:.1f}", bandwidth]
+
+
+def report(result: dict[str, Any]) -> str:
+    """Where it ran, and the tables."""
+    versions = result["versions"]
+    lead = [
+        f"{result['machine']}, {result['threads']} threads; {result['shape']}, activations {result['activations']}",
+        f"qjax {versions['qjax']}, jax {versions['jax']}, llama.cpp {versions['llama.cpp']}",
+        f"read bandwidth {result['bandwidth'] / 1e9:.1f} GB/s",
+    ]
+    reads = ["MB a token", "GB/s", "of the bandwidth"]
+    names = ["type", "test", "qjax tok/s", "llama.cpp tok/s", "ratio", "of medians", "target", *reads]
+    cells = []
+    for row in rows_of(result):
+        target = "" if row["target"] is None else f"{row['target']:.2f} {'met' if row['met'] else 'missed'}"
+        flash = "fa" if row["flash_attention"] else "no fa"
+        speeds = [f"{row['qjax']:.2f}", f"{row['llama.cpp']:.2f} ({flash})"]
+        ratios = [f"{row['ratio']:.2f}x", f"{row['ratio_of_medians']:.2f}x", target]
+        cells.append([row["type"], row["test"], *speeds, *ratios, *_reading_cells(row)])
+    parts = [*lead, "", table(names, cells)]
+    if extra := int4_rows(result):
+        names = ["type", "test", "qjax tok/s", f"against qjax {INT4_PEER}", f"against llama.cpp {INT4_PEER}", *reads]
+        cells = [
+            [row["type"], row["test"], f"{row['qjax']:.2f}"]
+            + [f"{row[key]:.2f}x" for key in ("against_qjax", "against_llamacpp")]
+            + _reading_cells(row)
+            for row in extra
+        ]
+        parts += ["", table(names, cells)]
+    return "\n".join(parts)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of both sides, decoding on the left, prompts on the right."""
+    from matplotlib.figure import Figure
+
+    rows = rows_of(result)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, test in zip(figure.subplots(1, 2), TESTS, strict=True):
+        shown = [row for row in rows if row["test"].startswith(test)]
+        for shift, side, color in ((-0.2, "llama.cpp", "#8c8c8c"), (0.2, "qjax", "#4c72b0")):
+            at = [i + shift for i in range(len(shown))]
+            bars = axes.bar(at, [row[side] for row in shown], 0.38, color=color, label=side)
+            ratio = side == "qjax"
+            labels = [f"{row[side]:.1f}" + (f"\n{row['ratio']:.2f}x" if ratio else "") for row in shown]
+            axes.bar_label(bars, labels, padding=2, fontsize=8)
+        title = "Decoding" if test == "tg" else "Prompt"
+        axes.set(title=f"{title} ({test}{result['tokens'][test]})", ylabel="tokens a second")
+        axes.set_ylim(0, 1.22 * max(max(row["qjax"], row["llama.cpp"]) for row in shown))
+        axes.set_xticks(range(len(shown)), [row["type"] for row in shown])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left", ncols=2)
+    figure.suptitle(f"{result['shape']}, {result['threads']} threads, {result['machine']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python that has llama-cpp-python")
+    parser.add_argument("--shape", default="tinyllama-1.1b")
+    parser.add_argument("--types", nargs="+", default=list(TARGETS["tg"]))
+    parser.add_argument("--tg", type=int, default=128)
+    parser.add_argument("--pp", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--activations", choices=["float", "int8"], help="qjax's own default if left out")
+    parser.add_argument("--folder", type=Path, help="where the files are kept; else they are made and removed")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.llama_bench is None and args.peer_python is None:
+        parser.error("give llama.cpp by --llama-bench or --peer-python")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = run(args, folder)
+    print(report(result))
+    if args.json:
+        result |= {"rows": rows_of(result), "int4_rows": int4_rows(result)}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        # Whatever a library prints goes to stderr; the pipe is for answers alone.
+        pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        WORKERS[sys.argv[2]](sys.argv[3], int(sys.argv[4]), pipe)
+    else:
+        main()
