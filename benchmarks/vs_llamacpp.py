@@ -271,16 +271,25 @@ def parse_llama_bench(text: str) -> tuple[str, dict[str, float]]:
     return build, {str(int(result["flash_attn"])): statistics.median(result["samples_ts"]) for result in results}
 
 
+def system_info(llama_bench: str) -> str:
+    """The instruction sets that llama-bench was built for, asked of the library beside it; empty if there is none."""
+    library = Path(llama_bench).resolve().parent / "libllama.so"
+    ask = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).llama_print_system_info; f.restype = ctypes.c_char_p; "
+    command = [sys.executable, "-c", ask + "print(f().decode())", str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 class Peer:
     """llama.cpp, by llama-bench or by llama-cpp-python.
 
     Attributes:
       build: its version, once a sample was taken.
+      system: what its build uses of the processor, if it can be asked.
     """
 
     def __init__(self, llama_bench: str | None, python: str | None, threads: int) -> None:
         self.llama_bench, self.python, self.threads = llama_bench, python, threads
-        self.build, self.system = "", ""
+        self.build, self.system = "", system_info(llama_bench) if llama_bench else ""
         self.workers: dict[Path, Worker] = {}
 
     def sample(self, path: Path, test: str, tokens: int) -> dict[str, float]:
@@ -512,6 +521,7 @@ def report(result: dict[str, Any]) -> str:
     lead = [
         f"{result['machine']}, {result['threads']} threads; {result['shape']}, activations {result['activations']}",
         f"qjax {versions['qjax']}, jax {versions['jax']}, llama.cpp {versions['llama.cpp']}",
+        f"llama.cpp's build: {versions['llama.cpp system'] or 'unknown'}",
         f"read bandwidth {result['bandwidth'] / 1e9:.1f} GB/s",
     ]
     reads = ["MB a token", "GB/s", "of the bandwidth"]
