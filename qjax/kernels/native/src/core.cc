@@ -464,3 +464,28 @@ extern "C" int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t column
   Run(parallel, context, Ceil(rows, each), work);
   return 0;
 }
+
+extern "C" int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context) {
+  const KernelTable* table = TableOf(isa);
+  const qjax_attention_args& a = *args;
+  if (table == nullptr || a.dim < kLanes || a.dim % kLanes != 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0 ||
+      a.slots < 1 || a.kind < QJAX_KIND_F16 || a.kind > QJAX_KIND_F32) {
+    return 1;
+  }
+  // About 64 rows of queries share the keys and values that are made ready for them.
+  const int64_t group = a.heads / a.kv_heads, each = std::max<int64_t>(1, 64 / group), blocks = Ceil(a.seq, each);
+  std::atomic<bool> failed{false};
+  const auto work = [&](int64_t task) {
+    // The longest first, for an even end.
+    const int64_t block = blocks - 1 - task / (a.batch * a.kv_heads), head = task % (a.batch * a.kv_heads);
+    const int64_t begin = block * each, end = std::min(a.seq, begin + each);
+    float* memory = scratch.Floats(AttentionFloats(end - begin, group, a.dim));
+    if (memory == nullptr) {
+      failed = true;
+      return;
+    }
+    table->attention(a, head / a.kv_heads, head % a.kv_heads, begin, end, memory);
+  };
+  Run(parallel, context, a.batch * a.kv_heads * blocks, work);
+  return failed ? 2 : 0;
+}

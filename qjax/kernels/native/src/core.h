@@ -93,6 +93,21 @@ int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, 
 int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m, float* y,
                       int isa, qjax_parallel parallel, void* context);
 
+// Grouped-query attention in float32 of queries over a cache, row by row of the batch: a query at position p sees slots
+// p - window + 1 ... p (all up to p if window is 0), each slot holding the position of its number.
+//   q, out: float32 [batch, seq, heads, dim]; k, v: [batch, kv_heads, slots, dim], dim a multiple of 16;
+//   positions: int32 [batch, seq], below slots.
+enum qjax_float_kind { QJAX_KIND_F16 = 0, QJAX_KIND_BF16 = 1, QJAX_KIND_F32 = 2 };
+typedef struct {
+  const float* q;
+  const void *k, *v;
+  const int32_t* positions;
+  float* out;
+  int64_t batch, seq, heads, kv_heads, slots, dim, window;
+  int32_t kind;  // of k and v
+} qjax_attention_args;
+int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context);
+
 // One plane from rows-side-by-side (qjax/arrays/planes.py: chunks of `stride` bytes) to lanes, for tiles
 // [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out starts at tile `first`.
 // Returns 0, or 1 for a width or stride that is not known.

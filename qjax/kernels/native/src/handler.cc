@@ -1,11 +1,14 @@
 // The door from XLA to core.h: buffers and attributes in, the same products out, threads from XLA's own pool.
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "core.h"
@@ -17,37 +20,108 @@ namespace {
 
 using Numbers = ffi::Span<const int64_t>;
 
-// Shares tasks over the pool. The caller works too, and waits for tasks, not for helpers: a helper that gets its turn
-// only after the last task finds nothing to do, touches nothing, and cannot hold anyone up.
-void Parallel(void* context, int64_t count, qjax_task task, void* arg) {
-  auto& pool = *static_cast<ffi::ThreadPool*>(context);
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  const auto state = std::make_shared<State>();
-  const auto drain = [state, count, task, arg] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      task(arg, i);
-      if (state->done.fetch_add(1) + 1 == count) {
-        const std::lock_guard<std::mutex> lock(state->mutex);
-        state->finished.notify_all();
+// The tasks of one call. The caller works too, and waits for tasks, not for helpers: a helper that gets its turn only
+// after the last task finds nothing to do, touches nothing, and cannot hold anyone up.
+struct Work {
+  int64_t count, threads;
+  qjax_task task;
+  void* arg;
+  std::atomic<int64_t> next{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable finished;
+
+  Work(int64_t count, int64_t threads, qjax_task task, void* arg)
+      : count(count), threads(threads), task(task), arg(arg) {}
+
+  // Long runs of neighbours first, which memory likes, shorter ones towards the end, so that all end together.
+  void Drain() {
+    for (int64_t first = next.load();;) {
+      const int64_t run = std::max<int64_t>(1, (count - first) / (2 * threads));
+      if (first >= count) return;
+      if (!next.compare_exchange_weak(first, first + run)) continue;
+      for (int64_t i = first; i < first + run; ++i) task(arg, i);
+      if (done.fetch_add(run) + run == count) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
       }
+      first = next.load();
     }
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(drain));
-  drain();
-  // The last task of another thread ends soon, as a rule: sleeping and waking would take longer.
-  for (int spin = 0; spin < 20000 && state->done.load(std::memory_order_acquire) < count; ++spin) {
+  }
+};
+
+// The newest work, for helpers that are still awake. To wake a thread takes as long as a small product, and a decode
+// step is a chain of them: a helper that has finished looks out for the next one for a moment before it goes back to
+// XLA's pool.
+class Awake {
+ public:
+  void Offer(std::shared_ptr<Work> work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    newest_ = std::move(work);
+    number_.fetch_add(1);
+  }
+  int64_t helpers() const { return helpers_.load(); }
+
+  // What a helper does: `work`, and what is offered soon after.
+  void Help(std::shared_ptr<Work> work) {
+    uint64_t seen = number_.load();
+    helpers_.fetch_add(1);
+    work->Drain();
+    auto until = std::chrono::steady_clock::now() + kPatience;
+    for (int spin = 1;; ++spin) {
+      if (number_.load(std::memory_order_acquire) != seen) {
+        {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          seen = number_.load();
+          work = newest_;
+        }
+        work->Drain();
+        until = std::chrono::steady_clock::now() + kPatience;
+      }
+      Pause();
+      if (spin % 64 != 0) continue;
+      // Whoever else wants this core may have it.
+      std::this_thread::yield();
+      if (std::chrono::steady_clock::now() > until) break;
+    }
+    helpers_.fetch_sub(1);
+  }
+
+  static void Pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
   }
-  if (state->done.load() == count) return;
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done.load() == count; });
+
+ private:
+  static constexpr std::chrono::microseconds kPatience{200};
+  std::mutex mutex_;
+  std::shared_ptr<Work> newest_;
+  std::atomic<uint64_t> number_{0};
+  std::atomic<int64_t> helpers_{0};
+};
+
+// Never destroyed: a helper may outlive the program's last statement.
+Awake& awake() {
+  static auto* const one = new Awake;
+  return *one;
+}
+
+void Parallel(void* context, int64_t count, qjax_task task, void* arg) {
+  auto& pool = *static_cast<ffi::ThreadPool*>(context);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), helpers = std::min(threads, count) - 1;
+  const auto work = std::make_shared<Work>(count, threads, task, arg);
+  if (helpers > 0) {
+    awake().Offer(work);
+    for (int64_t i = awake().helpers(); i < helpers; ++i) pool.Schedule([work] { awake().Help(work); });
+  }
+  work->Drain();
+  // The last task of another thread ends soon, as a rule: sleeping and waking would take longer.
+  for (int spin = 0; spin < 20000 && work->done.load(std::memory_order_acquire) < count; ++spin) Awake::Pause();
+  if (work->done.load() == count) return;
+  std::unique_lock<std::mutex> lock(work->mutex);
+  work->finished.wait(lock, [&] { return work->done.load() == count; });
 }
 
 ffi::Error Finished(int code) {
@@ -126,7 +200,35 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
                                     static_cast<int>(isa), Parallel, &pool));
 }
 
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out, int64_t window, int64_t isa) {
+  const auto qs = q.dimensions(), ks = k.dimensions();
+  const auto type = k.element_type();
+  const int kind = type == ffi::F16 ? QJAX_KIND_F16 : type == ffi::BF16 ? QJAX_KIND_BF16 : QJAX_KIND_F32;
+  if (qs.size() != 4 || ks.size() != 4 || v.element_type() != type || v.size_bytes() != k.size_bytes() ||
+      (kind == QJAX_KIND_F32 && type != ffi::F32) || ks[0] != qs[0] || ks[3] != qs[3] ||
+      static_cast<int64_t>(positions.element_count()) != qs[0] * qs[1] || out->element_count() != q.element_count()) {
+    return ffi::Error::InvalidArgument("qjax: expected q [batch, seq, heads, dim], k and v [batch, kv_heads, slots, dim]");
+  }
+  const qjax_attention_args args{q.typed_data(),     k.untyped_data(), v.untyped_data(), positions.typed_data(),
+                                 out->typed_data(),  qs[0],            qs[1],            qs[2],
+                                 ks[1],              ks[2],            qs[3],            window,
+                                 kind};
+  return Finished(qjax_attention(&args, static_cast<int>(isa), Parallel, &pool));
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention_ffi, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_ffi, Matmul,
                               ffi::Ffi::Bind()

@@ -37,6 +37,11 @@ using ProductFn = void (*)(const Codes&, int64_t steps, const Rows&, const float
 using MinimumFn = void (*)(int64_t count, const Rows&, const float* minimum, float* sums);
 using UnpackFn = void (*)(const Codes&, int64_t steps, uint8_t* codes);
 
+// Floats of scratch that `attention` needs for so many queries, each of `group` heads.
+constexpr int64_t AttentionFloats(int64_t queries, int64_t group, int64_t dim) {
+  return 2 * dim * 64 + queries * group * (2 * dim + 64 + 4) + 16 * dim;
+}
+
 struct KernelTable {
   int rows;          // that the panel kernels take at once, at most kMostRows
   int fused_rows;    // that the kernels which unpack on their way take at once
@@ -57,8 +62,14 @@ struct KernelTable {
   // (whole super-blocks where there are any); a row has `groups`.
   void (*scales)(const qjax_weight& w, int64_t groups, int64_t tile, int64_t first, int64_t count, float* scale,
                  float* minimum);
+  // Attention of queries [begin, end) of one row of the batch, for the heads that share one of the cache. `scratch` holds
+  // AttentionFloats(...) floats.
+  void (*attention)(const qjax_attention_args& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end, float* scratch);
   void (*dense)(const uint16_t* w, int64_t columns, int bf16, const float* x, int64_t m, float* y, int64_t y_stride);
 };
+
+// Slots of the cache that attention takes at once.
+constexpr int64_t kSlots = 64;
 
 // NULL where the program was built for another kind of CPU.
 const KernelTable* GenericKernels();

@@ -134,4 +134,19 @@ inline int32_t Round(const float* x, float inverse, int8_t* q) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
+constexpr int kQueryRows = 2, kQueryLanes = 2;
+inline F Max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }  // y where one is NaN
+inline float Largest(F v) {
+  float all[16], most;
+  Store(all, v);
+  most = all[0];
+  for (int i = 1; i < 16; ++i) most = all[i] > most ? all[i] : most;
+  return most;
+}
+inline I Nearest(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+inline __m256 PowerOfTwo8(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+inline F PowerOfTwo(I n) { return {PowerOfTwo8(n.a), PowerOfTwo8(n.b)}; }
+
 }  // namespace

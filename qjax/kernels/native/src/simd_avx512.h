@@ -76,4 +76,10 @@ inline int32_t Round(const float* x, float inverse, int8_t* q) {
   return _mm512_reduce_add_epi32(whole);
 }
 
+constexpr int kQueryRows = 4, kQueryLanes = 4;
+inline F Max(F a, F b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+inline float Largest(F v) { return _mm512_reduce_max_ps(v); }
+inline I Nearest(F v) { return _mm512_cvtps_epi32(v); }
+inline F PowerOfTwo(I n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+
 }  // namespace

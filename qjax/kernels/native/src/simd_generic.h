@@ -125,4 +125,21 @@ inline int32_t Round(const float* x, float inverse, int8_t* q) {
   return sum;
 }
 
+constexpr int kQueryRows = 1, kQueryLanes = 1;
+inline F Max(F a, F b) {  // b where one is NaN
+  for (int i = 0; i < 16; ++i) b[i] = a[i] > b[i] ? a[i] : b[i];
+  return b;
+}
+inline float Largest(F v) {
+  float most = v[0];
+  for (int i = 1; i < 16; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+inline I Nearest(F v) {
+  I n;
+  for (int i = 0; i < 16; ++i) n[i] = v[i] == v[i] ? static_cast<int32_t>(nearbyintf(v[i])) : 0;
+  return n;
+}
+inline F PowerOfTwo(I n) { return reinterpret_cast<F>((n + 127) << 23); }
+
 }  // namespace

@@ -122,4 +122,16 @@ inline int32_t Round(const float* x, float inverse, int8_t* q) {
   return sum;
 }
 
+constexpr int kQueryRows = 2, kQueryLanes = 2;
+inline F Max(F x, F y) {  // y where one is NaN
+  return Each<F>([&](int i) { return vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
+}
+inline float Largest(F x) {
+  return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(x.v[0], x.v[1]), vmaxnmq_f32(x.v[2], x.v[3])));
+}
+inline I Nearest(F x) { return Each<I>([&](int i) { return vcvtnq_s32_f32(x.v[i]); }); }
+inline F PowerOfTwo(I n) {
+  return Each<F>([&](int i) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23)); });
+}
+
 }  // namespace
