@@ -1,0 +1,340 @@
+"""Cases for check.cc: weights in lanes, x, and what comes out, all from the words of core.h and in float64.
+
+Nothing of qjax is used here but its written formats, so that both cannot be wrong in the same way.
+
+    python tests/kernels/native_cases.py FILE
+
+A file is b"QJAXCASE", then cases: int64 kind, a name (int64 length, bytes), int64s (their number, then they), blobs
+(their number, then each as its length and bytes). check.cc says what a kind's numbers and blobs are.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+MATMUL, DENSE, ATTENTION, TO_LANES = range(4)
+F16, F32, E8M0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_XS = range(8)
+SUB_BYTES = {Q2_K: 16, Q3_K: 12, Q4_K: 12, Q6_K: 16, IQ4_XS: 6}
+LANES, STEP, SUPER_BLOCK = 16, 32, 256
+TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+Case = tuple[int, str, Sequence[int], Sequence[np.ndarray]]
+
+
+def ceil(n: int, unit: int) -> int:
+    return -(-n // unit)
+
+
+def pack_lanes(codes: np.ndarray, width: int) -> np.ndarray:
+    """One plane of `width` bits from codes [16 T, 32 S]: uint8 [T, S, width, 64]."""
+    tiles, steps = codes.shape[0] // LANES, codes.shape[1] // STEP
+    # Column 4 * (v + width * p) + c of a step.
+    split = codes.reshape(tiles, LANES, steps, 8 // width, width, 4)
+    shifts = (width * np.arange(8 // width))[:, None, None]
+    vectors = (split << shifts).sum(3)  # [T, lane, S, v, c]
+    return vectors.transpose(0, 2, 3, 1, 4).reshape(tiles, steps, width, 64).astype(np.uint8)
+
+
+def side_by_side(rows: np.ndarray) -> np.ndarray:
+    """[16 T, n] -> [T, n, 16]."""
+    return np.ascontiguousarray(rows.reshape(-1, LANES, rows.shape[1]).transpose(0, 2, 1))
+
+
+def sub_scales(kind: int, sub: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Integers of the groups [rows, blocks * n] of a super-block's bytes [rows, blocks, B]."""
+    b = [sub[..., i].astype(np.int64) for i in range(sub.shape[-1])]
+    less = None
+    if kind == Q2_K:
+        scale, less = [x & 15 for x in b], [x >> 4 for x in b]
+    elif kind == Q3_K:
+        low = [x & 15 for x in b[:8]] + [x >> 4 for x in b[:8]]
+        scale = [(low[j] | ((b[8 + j % 4] >> 2 * (j // 4)) & 3) << 4) - 32 for j in range(16)]
+    elif kind == Q4_K:
+        scale = [x & 63 for x in b[:4]] + [(b[8 + j] & 15) | (b[j] >> 6) << 4 for j in range(4)]
+        less = [x & 63 for x in b[4:8]] + [(b[8 + j] >> 4) | (b[4 + j] >> 6) << 4 for j in range(4)]
+    elif kind == Q6_K:
+        scale = [np.where(x > 127, x - 256, x) for x in b]
+    else:
+        high = b[0] | b[1] << 8
+        scale = [(((b[2 + j // 2] >> 4 * (j % 2)) & 15) | ((high >> 2 * j) & 3) << 4) - 32 for j in range(8)]
+    rows = len(sub)
+    stacked = np.stack(scale, -1).reshape(rows, -1)
+    return stacked, None if less is None else np.stack(less, -1).reshape(rows, -1)
+
+
+@dataclass
+class Weight:
+    """A random weight: its facts, its leaves in lanes, and its numbers in float64."""
+
+    widths: tuple[int, ...]
+    rows: int
+    columns: int
+    group: int
+    kind: int
+    offset: int = 0
+    minimum: bool = False
+    zero: bool = False
+    table: tuple[int, ...] = ()
+    seed: int = 0
+    leaves: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        tiles, steps = ceil(self.rows, LANES), ceil(self.columns, STEP)
+        out = tiles * LANES
+        groups = 2 * steps if self.group == 16 else ceil(self.columns, self.group)
+        codes = rng.integers(0, 1 << sum(self.widths), (out, steps * STEP))
+        planes, shift = [], 0
+        for width in self.widths:
+            planes.append(pack_lanes((codes >> shift) & ((1 << width) - 1), width))
+            shift += width
+        unused = np.arange(out)[:, None] >= self.rows
+
+        def floats(count: int, dtype: type, size: float) -> np.ndarray:
+            values = (size * rng.standard_normal((out, count))).astype(dtype)
+            values[rng.random(values.shape) < 0.02] = 0
+            values[rng.random(values.shape) < 0.02] = dtype(3e-7)  # subnormal in float16
+            # What is computed of rows that are not there must stay there.
+            return np.where(unused, dtype("nan"), values)
+
+        scale_leaf: np.ndarray
+        zero = rng.integers(0, 1 << sum(self.widths), (out, groups)).astype(np.uint8)
+        low = low_leaf = sub_leaf = None
+        if self.kind == E8M0:
+            scale_leaf = rng.integers(110, 130, (out, groups)).astype(np.uint8)
+            scale_leaf[rng.random(scale_leaf.shape) < 0.03] = 0
+            scale_leaf[rng.random(scale_leaf.shape) < 0.03] = 1
+            scale = np.ldexp(1.0, scale_leaf.astype(np.int64) - 128)
+        elif self.kind in SUB_BYTES:
+            blocks = self.columns // SUPER_BLOCK
+            scale_leaf = floats(blocks, np.float16, 1e-3)
+            sub = rng.integers(0, 256, (out, blocks, SUB_BYTES[self.kind])).astype(np.uint8)
+            integers, less = sub_scales(self.kind, sub)
+            sub_leaf = sub.reshape(out, -1)
+            each = integers.shape[1] // blocks
+            scale = np.repeat(scale_leaf.astype(np.float64), each, 1) * integers
+            if less is not None:
+                low_leaf = floats(blocks, np.float16, 1e-2)
+                low = -np.repeat(low_leaf.astype(np.float64), each, 1) * less
+        else:
+            dtype = np.float16 if self.kind == F16 else np.float32
+            scale_leaf = floats(groups, dtype, 0.02)
+            scale = scale_leaf.astype(np.float64)
+            if self.minimum:
+                low_leaf = floats(groups, dtype, 0.2)
+                low = low_leaf.astype(np.float64)
+        numbers = [scale_leaf, sub_leaf, low_leaf, zero if self.zero else None]
+        self.leaves = [*planes, *(side_by_side(leaf) for leaf in numbers if leaf is not None)]
+
+        def spread(of_groups: np.ndarray) -> np.ndarray:
+            return np.repeat(of_groups, self.group, 1)[: self.rows, : self.columns].astype(np.float64)
+
+        codes = codes[: self.rows, : self.columns]
+        values = np.array(self.table)[codes] if self.table else codes
+        taken = self.offset + (spread(zero) if self.zero else 0)
+        base = 0 if low is None else spread(low)
+        self.floats = spread(scale) * (values - taken) + base
+        # What is added and taken on the way there: rounding is relative to it.
+        self.sizes = np.abs(spread(scale)) * (np.abs(values) + taken) + np.abs(base)
+        self.has = (low_leaf is not None, sub_leaf is not None, self.zero)
+
+    def facts(self) -> list[int]:
+        widths = (*self.widths, 0)[:2]
+        return [
+            *(self.rows, self.columns, self.group, len(self.widths), *widths, self.offset, self.kind),
+            *(bool(self.table), *self.has),
+            *(self.table or (0,) * 16),
+        ]
+
+
+def activations(rows: int, columns: int, seed: int) -> np.ndarray:
+    """Rows of x, each eighth of a kind; which kind is first depends on the seed."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((rows, columns)) * np.exp(rng.normal(0, 2, (rows, 1)))).astype(np.float32)
+    for row in range(rows):
+        match (row + seed) % 8:
+            case 2:
+                x[row, rng.integers(columns)] = np.nan
+            case 3:
+                x[row, rng.integers(columns)] = rng.choice([np.inf, -np.inf])
+            case 4:
+                x[row] = 0
+            case 5:
+                x[row, ::2] = 0
+                x[row, : columns // 2] = np.float32(1e-39)
+            case 6:
+                x[row] = np.float32(-3.5)  # halves, rounded to even
+                x[row, ::STEP] = 127
+    return x
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """x as int8 in groups of 32 columns, in float64; NaN where a group is not finite."""
+    rows, columns = x.shape
+    filled = np.zeros((rows, ceil(columns, STEP) * STEP), np.float32)
+    filled[:, :columns] = x
+    groups = filled.reshape(rows, -1, STEP)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+        inverse = np.where(scale > np.float32(1e-37), np.float32(1) / scale, np.float32(0)).astype(np.float32)
+        whole = np.rint(groups * inverse).astype(np.float64)
+        known = np.isfinite(groups).all(-1, keepdims=True)
+        return np.where(known, whole * scale, np.nan).reshape(rows, -1)[:, :columns]
+
+
+def expected(x: np.ndarray, floats: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """x @ floats.T, and what its rounding is relative to; NaN in rows of x that are not finite."""
+    finite = np.isfinite(x).all(1, keepdims=True)
+    x = np.where(finite, x, 0).astype(np.float64)
+    return [np.where(finite, x @ floats.T, np.nan), np.abs(x) @ sizes.T]
+
+
+def matmul(weights: Sequence[Weight], rows: int, seed: int) -> Case:
+    first = weights[0]
+    x = activations(rows, first.columns, seed)
+    results = [array for each in (x, rounded(x)) for w in weights for array in expected(each, w.floats, w.sizes)]
+    numbers = [len(weights), rows, first.columns, *(fact for w in weights for fact in w.facts())]
+    facts = ("widths", "rows", "columns", "group", "kind", "offset", "minimum", "zero", "table")
+    names = [" ".join(f"{name}={getattr(w, name)}" for name in facts if getattr(w, name)) for w in weights]
+    return MATMUL, " | ".join(names), numbers, [x, *(leaf for w in weights for leaf in w.leaves), *results]
+
+
+FORMS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    *(((8,), ()), ((4,), ()), ((4,), TABLE), ((4, 1), ()), ((4, 2), ()), ((2,), ()), ((2, 1), ())),
+)
+COLUMNS = {
+    16: (16, 256, 48, 32, 1040),
+    32: (32, 256, 96, 1280),
+    64: (64, 256, 96, 768),
+    128: (128, 768, 160, 1280),
+    0: (16, 40, 256, 48, 1056, 37),  # one group a row
+}
+ROWS = (16, 1, 90, 15, 17)
+
+
+def matmuls() -> Iterator[Case]:
+    seeds = itertools.count()
+    rows_of, m_of = itertools.cycle(ROWS), itertools.cycle((13, 40, 8))
+    columns_of = {group: itertools.cycle(columns) for group, columns in COLUMNS.items()}
+    variants = ({}, {"offset": 1}, {"minimum": True}, {"zero": True}, {"minimum": True, "zero": True, "offset": 1})
+    for (widths, table), kind, group, variant in itertools.product(FORMS, (F16, F32, E8M0), COLUMNS, variants):
+        if kind == E8M0 and variant.get("minimum"):
+            continue
+        if "offset" in variant:
+            # Tables hold signed numbers and have no offset.
+            variant = {**variant, "offset": 0 if table else 1 << (sum(widths) - 1)}
+            if variant == {"offset": 0}:
+                continue
+        columns, seed = next(columns_of[group]), next(seeds)
+        weight = Weight(widths, next(rows_of), columns, group or columns, kind, table=table, seed=seed, **variant)
+        yield matmul([weight], next(m_of), seed)
+    two_level = (
+        *((Q2_K, (2,), 0, ()), (Q3_K, (2, 1), 4, ()), (Q4_K, (4,), 0, ()), (Q4_K, (4, 1), 0, ())),
+        *((Q6_K, (4, 2), 32, ()), (Q6_K, (8,), 128, ()), (IQ4_XS, (4,), 0, TABLE), (Q3_K, (4,), 8, ())),
+    )
+    for (kind, widths, offset, table), columns, rows in itertools.product(two_level, (256, 768, 1536), (90, 15)):
+        seed, group = next(seeds), 16 if kind in (Q2_K, Q3_K, Q6_K) else 32
+        weight = Weight(widths, rows, columns, group, kind, offset=offset, table=table, seed=seed)
+        yield matmul([weight], next(m_of), seed)
+    # Enough rows for several tasks, and weights of all kinds that share x.
+    for widths, group in (((8,), 32), ((4, 2), 16), ((2,), 64)):
+        seed = next(seeds)
+        yield matmul([Weight(widths, 500, 768, group, F16, minimum=True, seed=seed)], 13, seed)
+    for columns in (256, 768):
+        seed = next(seeds)
+        together = [
+            Weight((4,), 90, columns, 32, Q4_K, seed=seed),
+            Weight((8,), 17, columns, 32, F16, offset=128, seed=seed + 1000),
+            Weight((4, 2), 250, columns, 16, Q6_K, offset=32, seed=seed + 2000),
+            Weight((4,), 1, columns, 32, E8M0, table=TABLE, seed=seed + 3000),
+            Weight((2, 1), 15, columns, columns, F32, zero=True, seed=seed + 4000),
+            Weight((4, 1), 16, columns, 128, F16, minimum=True, seed=seed + 5000),
+        ]
+        yield matmul(together, 40, seed)
+
+
+def denses() -> Iterator[Case]:
+    for seed, (rows, columns, bf16) in enumerate(itertools.product((1, 17, 90), (5, 32, 300), (0, 1))):
+        rng = np.random.default_rng(seed)
+        w = rng.standard_normal((rows, columns)).astype(np.float32)
+        if bf16:
+            bits = (w.view(np.uint32) >> 16).astype(np.uint16)
+            floats = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        else:
+            bits = w.astype(np.float16)
+            floats = bits.astype(np.float64)
+        x = activations(13, columns, seed)
+        results = expected(x, floats, np.abs(floats))
+        yield DENSE, f"dense rows={rows} columns={columns} bf16={bf16}", [13, rows, columns, bf16], [x, bits, *results]
+
+
+def attentions() -> Iterator[Case]:
+    shapes = ((1, 1, 4, 4, 70, 64), (2, 5, 8, 2, 100, 32), (1, 40, 6, 1, 130, 80), (1, 3, 2, 2, 1, 16))
+    for seed, (shape, kind, window) in enumerate(itertools.product(shapes, (0, 1, 2), (0, 1, 33))):
+        batch, seq, heads, kv_heads, slots, dim = shape
+        rng = np.random.default_rng(seed)
+        q = (2 * rng.standard_normal((batch, seq, heads, dim))).astype(np.float32)
+        held = rng.standard_normal((2, batch, kv_heads, slots, dim)).astype(np.float32)
+        if kind == 1:
+            stored = (held.view(np.uint32) >> 16).astype(np.uint16)
+            held = (stored.astype(np.uint32) << 16).view(np.float32)
+        else:
+            stored = held.astype(np.float16 if kind == 0 else np.float32)
+            held = stored
+        k, v = np.repeat(held.astype(np.float64), heads // kv_heads, 2)
+        positions = rng.integers(0, max(1, slots - seq + 1), (batch, 1)) + np.arange(seq)
+        positions = np.minimum(positions, slots - 1).astype(np.int32)
+        ages = positions[:, None, :, None] - np.arange(slots)
+        seen = (ages >= 0) & ((ages < window) if window else True)
+        scores = np.einsum("bshd,bhtd->bhst", q.astype(np.float64), k) / np.sqrt(dim)
+        weights = np.exp(np.where(seen, scores, -np.inf))
+        weights /= weights.sum(-1, keepdims=True)
+        out = np.einsum("bhst,bhtd->bshd", weights, v)
+        size = np.einsum("bhst,bhtd->bshd", weights, np.abs(v)) * (4 + np.abs(scores).max())
+        name = f"attention shape={shape} kind={kind} window={window}"
+        yield ATTENTION, name, [*shape, window, kind], [q, stored[0], stored[1], positions, out, size]
+
+
+def to_lanes() -> Iterator[Case]:
+    layouts = ((8, 1), (4, 16), (4, 32), (4, 64), (4, 1), (2, 32), (2, 8), (1, 32), (1, 4))
+    for seed, ((width, stride), rows, chunks) in enumerate(itertools.product(layouts, (1, 16, 33), (1, 3))):
+        rng = np.random.default_rng(seed)
+        columns = chunks * max(stride * 8 // width, 8)
+        data = rng.integers(0, 256, (rows, columns * width // 8)).astype(np.uint8)
+        flip = 128 if width == 8 and seed % 2 else 0
+        # Codes of a chunk: first the lowest bits of all its bytes, then the next.
+        split = data.reshape(rows, -1, 1, stride).astype(np.int64)
+        shifts = (width * np.arange(8 // width))[:, None]
+        codes = ((split >> shifts) & ((1 << width) - 1)).reshape(rows, columns)
+        filled = np.zeros((ceil(rows, LANES) * LANES, ceil(columns, STEP) * STEP), np.int64)
+        filled[:rows, :columns] = codes
+        name = f"to_lanes width={width} stride={stride} rows={rows} columns={columns} flip={flip}"
+        result = pack_lanes(filled, width) ^ np.uint8(flip)
+        yield TO_LANES, name, [rows, columns, width, stride, flip], [data, result]
+
+
+def write(path: Path) -> None:
+    with path.open("wb") as file:
+
+        def number(n: int) -> None:
+            file.write(np.int64(n).tobytes())
+
+        file.write(b"QJAXCASE")
+        for kind, name, numbers, blobs in itertools.chain(matmuls(), denses(), attentions(), to_lanes()):
+            number(kind)
+            number(len(name.encode()))
+            file.write(name.encode())
+            number(len(numbers))
+            file.write(np.array(numbers, np.int64).tobytes())
+            number(len(blobs))
+            for blob in blobs:
+                number(blob.nbytes)
+                file.write(np.ascontiguousarray(blob).tobytes())
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
