@@ -39,9 +39,6 @@ QUANTIZE_TYPES: dict[str, int] = {
 
 DEFAULT_TOKENS = 128
 
-# Off until `qmatmul` multiplies with weights in lanes.
-_LANES = False
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -193,8 +190,7 @@ def load(
     file = open_gguf(path)
     if make is not None:
         _check_quantizable(file)
-    layout = lay_out if _LANES else keep
-    params, config = load_gguf(file, make=make, lay_out=layout, place=place, progress=progress)
+    params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
     return Model(params, config, file.metadata, file.metadata_types, path)
 
 

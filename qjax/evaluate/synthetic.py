@@ -21,6 +21,7 @@ from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.mixes import tensor_type
 from qjax.formats.gguf.types import type_of_name
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.kernels import lay_out
 from qjax.models import ModelConfig
 from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies, keep
 
@@ -227,12 +228,18 @@ def _check_memory(planned: dict[str, Planned], mix: str) -> None:
 
 
 def synthetic_params(
-    config: ModelConfig, mix: str, *, place: Place = keep, progress: Callable[[str], None] = lambda name: None
+    config: ModelConfig,
+    mix: str,
+    *,
+    lay_out: Place = lay_out,
+    place: Place = keep,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Made-up params of a model, as `load_gguf` gives those of a file; at no time more than one tensor beside them.
 
     Args:
       mix: "q4_0", "q4_k_m", ...; see `qjax.formats.gguf.mixes`.
+      lay_out: `lay_out(name, array) -> array` chooses a matrix' memory layout, as in `load_gguf`.
       place: `place(name, array) -> array`: puts an array where it shall live.
       progress: told each tensor's name once it is there.
 
@@ -244,7 +251,10 @@ def synthetic_params(
 
     def make(name: str) -> Any:
         tensor = planned[name]
-        array = place(name, from_blocks(tensor.type, synthetic_blocks(name, tensor.type, tensor.shape), jax.device_put))
+        array = from_blocks(tensor.type, synthetic_blocks(name, tensor.type, tensor.shape), np.asarray)
+        if len(tensor.shape) == 2 and name != "token_embd.weight":
+            array = lay_out(name, array)
+        array = place(name, jax.tree.map(jax.device_put, array))
         progress(name)
         return array
 

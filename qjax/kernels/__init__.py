@@ -1,5 +1,7 @@
 """y = x @ dequantize(w).T without the floats, and the small operations around it."""
 
+from qjax.kernels.layout import lay_out as lay_out
+from qjax.kernels.nn import attend as attend
 from qjax.kernels.nn import attention as attention
 from qjax.kernels.nn import attention_mask as attention_mask
 from qjax.kernels.nn import rms_norm as rms_norm
@@ -8,5 +10,6 @@ from qjax.kernels.qmatmul import KERNELS as KERNELS
 from qjax.kernels.qmatmul import Activations as Activations
 from qjax.kernels.qmatmul import explain as explain
 from qjax.kernels.qmatmul import qmatmul as qmatmul
+from qjax.kernels.qmatmul import qmatmuls as qmatmuls
 from qjax.kernels.qmatmul import qtake as qtake
 from qjax.kernels.qmatmul import select as select

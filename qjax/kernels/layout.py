@@ -3,13 +3,19 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from qjax.arrays import serves_lanes, to_lanes
+from qjax.arrays.planes import Plane
 from qjax.kernels import native
 
 
 def lay_out(name: str, array: Any) -> Any:
     """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter."""
     if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.available():
-        return to_lanes(array)
+        return to_lanes(array, _repack)
     return array
+
+
+def _repack(data: np.ndarray, plane: Plane, columns: int, flip: int) -> np.ndarray:
+    return native.repack(data, plane.width, plane.stride, columns, flip)

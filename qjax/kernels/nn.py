@@ -1,10 +1,14 @@
 """The small operations around the matmuls: RMS norm, rotary embedding, attention over a cache."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from qjax.kernels.native import attention_native, serves_attention
 
 
 def rms_norm(x: Float[Array, "*batch n"], weight: Float[Array, " n"], eps: float) -> Float[Array, "*batch n"]:
@@ -75,3 +79,23 @@ def attention(
     out = jnp.einsum("bkqs,bksd->bkqd", weights, v.astype(jnp.float32), precision=precision)
     out = out.reshape(batch, kv_heads, group, seq, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, seq, heads, dim).astype(q.dtype)
+
+
+@functools.cache
+def _attention_by_dots(window: int | None) -> Callable[..., Any]:
+    """`attention` of queries at positions: one function for each window."""
+    return lambda q, k, v, positions: attention(q, k, v, attention_mask(positions, k.shape[2], window))
+
+
+def attend(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch kv_heads slots dim"],
+    v: Float[Array, "batch kv_heads slots dim"],
+    positions: Int[Array, "batch seq"],
+    window: int | None,
+) -> Float[Array, "batch seq heads dim"]:
+    """`attention` of queries at `positions` over the slots that they see, by the native kernel where it serves."""
+    dots = _attention_by_dots(window)
+    if not serves_attention(q, k, v):
+        return dots(q, k, v, positions)
+    return attention_native(q, k, v, positions, window=window, elsewhere=dots)

@@ -5,7 +5,8 @@ never by a global backend, since arrays of a CPU and of a GPU live in one progra
 serves the case wins; `explain` tells which one that is.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,17 +16,17 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qjax.arrays import GroupedArray, Partitioned, QuantizedArray
+from qjax.arrays import GroupedArray, LaneBlockedArray, Partitioned, QuantizedArray
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
-from qjax.kernels.native import matmul_native, serves
+from qjax.kernels.native import matmul_native, matmuls_native, serves
 from qjax.kernels.reference import matmul_reference
 from qjax.kernels.tiles import matmul_tiles
 
 Activations = Literal["float", "int8"]
 Matmul = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
 
-# Rows of x up to which the kernels for few rows are used.
-FEW, FEW_NATIVE = 4, 8
+# Rows of x up to which the XLA kernel for few rows is used, and the native one of 16-bit floats.
+FEW, FEW_DENSE = 4, 8
 
 
 class Kernel(NamedTuple):
@@ -36,34 +37,42 @@ class Kernel(NamedTuple):
     run: Matmul
 
 
-def _grouped(weight: Any) -> bool:
-    return isinstance(weight, GroupedArray)
+def _rounds(weight: Any, activations: str) -> bool:
+    """Whether x is rounded for this weight: of grouped codes there are integer products."""
+    return activations == "int8" and isinstance(weight, GroupedArray | LaneBlockedArray)
 
 
 def _straight_through(run: Matmul) -> Matmul:
     """Differentiate a product of rounded activations as if they were not rounded (Bengio et al. 2013)."""
     rounded = jax.custom_jvp(run)
-    rounded.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(matmul_tiles, primals, tangents)[1]))
+    rounded.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(matmul_float, primals, tangents)[1]))
     return rounded
 
+
+def _in_rows(run: Matmul) -> Matmul:
+    """A kernel that reads rows side by side, for weights in lanes too."""
+    return lambda x, weight: run(x, weight.plain() if isinstance(weight, LaneBlockedArray) else weight)
+
+
+matmul_float = _in_rows(matmul_tiles)
+matmul_int8 = _straight_through(
+    _in_rows(lambda x, weight: (matmul_int8_few if x.shape[0] <= FEW else matmul_int8_many)(x, weight))
+)
 
 KERNELS: list[Kernel] = [
     Kernel(
         "native-int8",
-        lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW_NATIVE and serves(w),
-        _straight_through(partial(matmul_native, int8=True, elsewhere=matmul_int8_few)),
+        lambda w, m, a: _rounds(w, a) and isinstance(w, LaneBlockedArray) and serves(w),
+        partial(matmul_native, int8=True, elsewhere=matmul_int8),
     ),
     Kernel(
         "native",
-        lambda w, m, a: (a == "float" or not _grouped(w)) and m <= FEW_NATIVE and serves(w),
-        partial(matmul_native, int8=False, elsewhere=matmul_tiles),
+        lambda w, m, a: (isinstance(w, LaneBlockedArray) or m <= FEW_DENSE) and serves(w),
+        partial(matmul_native, int8=False, elsewhere=matmul_float),
     ),
-    Kernel(
-        "xla-int8-few", lambda w, m, a: a == "int8" and _grouped(w) and m <= FEW, _straight_through(matmul_int8_few)
-    ),
-    Kernel("xla-int8-many", lambda w, m, a: a == "int8" and _grouped(w), _straight_through(matmul_int8_many)),
+    Kernel("xla-int8", lambda w, m, a: _rounds(w, a), matmul_int8),
     Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),
-    Kernel("xla-tiles", lambda w, m, a: True, matmul_tiles),
+    Kernel("xla-tiles", lambda w, m, a: True, matmul_float),
 ]
 
 
@@ -86,6 +95,29 @@ def explain(weight: Any, rows: int, activations: Activations = "float") -> str:
     inner = weight.weight if isinstance(weight, Partitioned) else weight
     kind = repr(weight) if isinstance(weight, QuantizedArray | Partitioned) else f"{weight.dtype}{weight.shape}"
     return f"{select(inner, rows, activations).name}: {rows} rows x {kind}, {activations} activations"
+
+
+def qmatmuls(
+    x: Float[Array, "*batch in"], weights: Sequence[Any], *, activations: Activations = "float"
+) -> tuple[Float[Array, "*batch _"], ...]:
+    """`qmatmul` of one x with several weights (queries, keys and values; gate and up), in one call where a kernel can.
+
+    Raises:
+      ValueError: see `qmatmul`.
+    """
+    rows = math.prod(x.shape[:-1])
+    names = {select(weight, rows, activations).name for weight in weights if not isinstance(weight, Partitioned)}
+    together = all(isinstance(weight, LaneBlockedArray) and weight.shape[-1] == x.shape[-1] for weight in weights)
+    if not together or len(names) != 1 or not (name := names.pop()).startswith("native"):
+        return tuple(qmatmul(x, weight, activations=activations) for weight in weights)
+    int8 = name == "native-int8"
+    flat = x.reshape(rows, x.shape[-1]).astype(jnp.float32)
+    products = matmuls_native(flat, weights, int8=int8, elsewhere=matmul_int8 if int8 else matmul_float)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(_result_dtype(x)) for y in products)
+
+
+def _result_dtype(x: Any) -> Any:
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
 
 
 def qmatmul(
@@ -115,8 +147,7 @@ def qmatmul(
         y = _sharded(flat, weight, activations)
     else:
         y = select(weight, flat.shape[0], activations).run(flat, weight)
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    return y.reshape(*x.shape[:-1], weight.shape[0]).astype(dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0]).astype(_result_dtype(x))
 
 
 def _sharded(x: Float[Array, "rows in"], weight: Partitioned, activations: Activations) -> Float[Array, "rows out"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qjax.kernels import Activations, attention, attention_mask, qmatmul, qtake, rms_norm, rope
+from qjax.kernels import Activations, attend, qmatmul, qmatmuls, qtake, rms_norm, rope
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 
@@ -23,10 +23,14 @@ Positions = Int[Array, "batch seq"]
 LayerCache = tuple[Any, Any] | None
 
 
-def _project(x: Hidden, p: Params, name: str, activations: Activations) -> Float[Array, "batch seq out"]:
-    y = qmatmul(x, p[name], activations=activations)
-    bias = p.get(f"{name}_bias")
-    return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, -1)
+def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
+    """Products of x with the weights of these names, each with its bias if it has one."""
+    products = qmatmuls(x, [p[name] for name in names], activations=activations)
+    biases = [p.get(f"{name}_bias") for name in names]
+    return [
+        y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, -1)
+        for y, bias in zip(products, biases, strict=True)
+    ]
 
 
 def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: Positions) -> Any:
@@ -53,9 +57,10 @@ def layer(
     """One decoder layer: attention and SwiGLU, each on a normed input, each added to x."""
     batch, seq, _ = x.shape
     h = rms_norm(x, p["attn_norm"], config.norm_eps)
-    q = _project(h, p, "attn_q", activations).reshape(batch, seq, config.heads, config.head_dim)
-    k = _project(h, p, "attn_k", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
-    v = _project(h, p, "attn_v", activations).reshape(batch, seq, config.kv_heads, config.head_dim)
+    q, k, v = _project(h, p, ("attn_q", "attn_k", "attn_v"), activations)
+    q = q.reshape(batch, seq, config.heads, config.head_dim)
+    k = k.reshape(batch, seq, config.kv_heads, config.head_dim)
+    v = v.reshape(batch, seq, config.kv_heads, config.head_dim)
     if config.qk_norm:
         q, k = rms_norm(q, p["attn_q_norm"], config.norm_eps), rms_norm(k, p["attn_k_norm"], config.norm_eps)
     turn = partial(
@@ -70,12 +75,11 @@ def layer(
     else:
         keys, values = _store(cache[0], k, positions), _store(cache[1], v, positions)
         cache = (keys, values)
-    mask = attention_mask(positions, keys.shape[2], config.window)
-    a = attention(q, keys, values, mask).reshape(batch, seq, config.heads * config.head_dim)
-    x = x + _project(a, p, "attn_output", activations)
+    a = attend(q, keys, values, positions, config.window).reshape(batch, seq, config.heads * config.head_dim)
+    x = x + _project(a, p, ("attn_output",), activations)[0]
     h = rms_norm(x, p["ffn_norm"], config.norm_eps)
-    gate, up = _project(h, p, "ffn_gate", activations), _project(h, p, "ffn_up", activations)
-    return x + _project(jax.nn.silu(gate) * up, p, "ffn_down", activations), cache
+    gate, up = _project(h, p, ("ffn_gate", "ffn_up"), activations)
+    return x + _project(jax.nn.silu(gate) * up, p, ("ffn_down",), activations)[0], cache
 
 
 @jax.jit

@@ -1,5 +1,9 @@
-"""C++ kernels for CPU, compiled on first use; see qmatmul.cc."""
+"""C++ kernels for CPU, built when qjax is installed; see src/core.h."""
 
-from qjax.kernels.native.build import available as available
+from qjax.kernels.native.attention import attention_native as attention_native
+from qjax.kernels.native.attention import serves_attention as serves_attention
+from qjax.kernels.native.library import available as available
 from qjax.kernels.native.matmul import matmul_native as matmul_native
+from qjax.kernels.native.matmul import matmuls_native as matmuls_native
 from qjax.kernels.native.matmul import serves as serves
+from qjax.kernels.native.repack import repack as repack

@@ -1,7 +1,11 @@
-"""The C++ kernel as a JAX function: every grouped family and 16-bit floats, few rows of x, on CPU."""
+"""The C++ kernels as JAX functions: every lane-blocked family, any number of rows of x, on CPU; 16-bit floats for few.
+
+`src/core.h` describes what the kernels read. Weights that share their x go in one call: x is made ready once, and the
+threads are woken once.
+"""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,108 +15,132 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.arrays import AffineArray, CodebookArray, GroupedArray, TwoLevelArray
-from qjax.arrays.planes import Layout
-from qjax.kernels.native.build import TARGET, available
+from qjax.arrays import AffineArray, CodebookArray, LaneBlockedArray, TwoLevelArray
+from qjax.kernels.native.library import DENSE_TARGET, MATMUL_TARGET, available, isa_number
 
-# (width, stride) of the planes that qmatmul.cc unpacks.
-PLANES = {(4, 16), (4, 32), (4, 64), (2, 32), (1, 32), (1, 4), (8, 1)}
+# core.h's qjax_scale_kind.
+_FLOAT_KINDS = {"float16": 0, "float32": 1}
+_E8M0 = 2
+_TWO_LEVEL_KINDS = {"q2_k": 3, "q3_k": 4, "q4_k": 5, "q6_k": 6, "iq4_xs": 7}
 
+# Weights of one call at most, as in core.cc.
+MOST_TOGETHER = 8
 
-def _layout_known(layout: Layout) -> bool:
-    return all((plane.width, plane.stride) in PLANES for plane in layout)
-
-
-def _scales(weight: GroupedArray) -> tuple[str, list[Any]] | None:
-    """qmatmul.cc's name for how the scales lie, and their leaves; None if it knows no such kind or dtype."""
-    if isinstance(weight, TwoLevelArray):
-        floats = [leaf for leaf in (weight.super_scale, weight.super_minimum) if leaf is not None]
-        found = weight.packing, [weight.super_scale, weight.sub_scales, *floats[1:]]
-        return found if all(leaf.dtype == jnp.float16 for leaf in floats) else None
-    if isinstance(weight, CodebookArray):
-        if weight.scale_kind == "e8m0":
-            return ("e8m0", [weight.scale]) if weight.scale.dtype == jnp.uint8 else None
-        if weight.scale.dtype != jnp.float16:
-            return None
-        two_level = weight.scale_kind == "two_level"
-        return ("iq4_xs", [weight.scale, weight.sub_scales]) if two_level else ("half", [weight.scale])
-    if isinstance(weight, AffineArray):
-        kind = {"float16": "half", "float32": "float"}.get(str(weight.scale.dtype))
-        leaves = [leaf for leaf in (weight.scale, weight.minimum) if leaf is not None]
-        same = all(leaf.dtype == weight.scale.dtype for leaf in leaves)
-        return None if kind is None or not same else (kind, leaves)
-    return None
+Elsewhere = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
 
 
-def _dense_kind(weight: Any) -> str | None:
+def _scales(inner: Any) -> tuple[int, dict[str, Any]] | None:
+    """core.h's kind of scale and the leaves it reads; None for dtypes that it does not know."""
+    leaves = {}
+    if isinstance(inner, TwoLevelArray):
+        leaves = {"scale": inner.super_scale, "sub": inner.sub_scales, "minimum": inner.super_minimum}
+        kind = _TWO_LEVEL_KINDS.get(inner.packing)
+        wanted = "float16"
+    elif isinstance(inner, CodebookArray):
+        leaves = {"scale": inner.scale, "sub": inner.sub_scales}
+        kind = {"e8m0": _E8M0, "two_level": _TWO_LEVEL_KINDS["iq4_xs"], "float": 0}[inner.scale_kind]
+        wanted = "uint8" if inner.scale_kind == "e8m0" else "float16"
+    elif isinstance(inner, AffineArray):
+        leaves = {"scale": inner.scale, "minimum": inner.minimum, "zero": inner.zero}
+        wanted = str(inner.scale.dtype)
+        kind = _FLOAT_KINDS.get(wanted)
+    else:
+        return None
+    floats = [leaves[name] for name in ("scale", "minimum") if leaves.get(name) is not None]
+    return None if kind is None or any(str(leaf.dtype) != wanted for leaf in floats) else (kind, leaves)
+
+
+def dense_kind(weight: Any) -> str | None:
     """ "f16" or "bf16" for a matrix of such floats."""
     kinds = {"float16": "f16", "bfloat16": "bf16"}
     return kinds.get(str(weight.dtype)) if isinstance(weight, jax.Array) and weight.ndim == 2 else None
 
 
 def serves(weight: Any) -> bool:
-    """Whether the C++ kernel knows this layout, and is there."""
-    if _dense_kind(weight) is not None:
-        return available()
-    if not isinstance(weight, GroupedArray) or not _layout_known(weight.layout) or _scales(weight) is None:
-        return False
-    if isinstance(weight, AffineArray) and weight.bits == 8 and weight.offset != 128:
-        return False
-    return available()
+    """Whether the C++ kernels know this weight, and are there."""
+    if isinstance(weight, LaneBlockedArray):
+        return _scales(weight.inner) is not None and available()
+    return dense_kind(weight) is not None and available()
 
 
-def matmul_native(
-    x: Float[Array, "rows in"],
-    weight: Any,
-    *,
-    int8: bool,
-    elsewhere: Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]],
-) -> Float[Array, "rows out"]:
+def matmul_native(x: Float[Array, "rows in"], weight: Any, *, int8: bool, elsewhere: Elsewhere) -> Any:
     """float32 x @ dequantize(weight).T in one pass over the packed bytes; differentiable as `elsewhere` is.
 
     Args:
-      int8: round x to int8 by groups of the weight, as `kernels.int8` does.
+      int8: round x to int8 by groups of 32 columns, as `kernels.int8` does.
       elsewhere: the kernel for the other platforms that this program may be lowered to.
     """
-    return _product(int8, elsewhere)(x, weight)
+    return matmuls_native(x, (weight,), int8=int8, elsewhere=elsewhere)[0]
+
+
+def matmuls_native(
+    x: Float[Array, "rows in"], weights: Sequence[Any], *, int8: bool, elsewhere: Elsewhere
+) -> tuple[Float[Array, "rows _"], ...]:
+    """`matmul_native` for lane-blocked weights that share x (or one of 16-bit floats), at most MOST_TOGETHER a call."""
+    products: list[Any] = []
+    for start in range(0, len(weights), MOST_TOGETHER):
+        products += _product(int8, elsewhere)(x, tuple(weights[start : start + MOST_TOGETHER]))
+    return tuple(products)
 
 
 @functools.cache
-def _product(int8: bool, elsewhere: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _product(int8: bool, elsewhere: Elsewhere) -> Callable[[Any, Any], Any]:
     """One function for each choice, so that calls outside of jit find what they compiled before."""
 
+    def others(x: Any, weights: Any) -> Any:
+        return tuple(elsewhere(x, weight) for weight in weights)
+
     @jax.custom_jvp
-    def matmul(x: Any, weight: Any) -> Any:
-        return lax.platform_dependent(x, weight, cpu=partial(_call, int8=int8), default=elsewhere)
+    def matmul(x: Any, weights: Any) -> Any:
+        here = _call_dense if dense_kind(weights[0]) else partial(_call, int8=int8)
+        return lax.platform_dependent(x, weights, cpu=here, default=others)
 
     @matmul.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        return matmul(*primals), jax.jvp(elsewhere, primals, tangents)[1]
+        return matmul(*primals), jax.jvp(others, primals, tangents)[1]
 
     return jax.jit(matmul)
 
 
-def _call(x: Float[Array, "rows in"], weight: Any, *, int8: bool) -> Float[Array, "rows out"]:
-    dense = _dense_kind(weight)
-    scales = _scales(weight) if dense is None else (dense, [weight])
-    assert scales is not None
-    kind, leaves = scales
-    layout = weight.layout if dense is None else ()
-    minimum = getattr(weight, "minimum", None) is not None or getattr(weight, "super_minimum", None) is not None
-    table = np.array(weight.table if isinstance(weight, CodebookArray) else (), np.int64)
-    call = jax.ffi.ffi_call(
-        TARGET, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32), vmap_method="sequential"
-    )
-    return call(
-        x,
-        *(weight.planes if dense is None else ()),
-        *leaves,
-        scale_kind=kind,
-        widths=np.array([plane.width for plane in layout], np.int64),
-        strides=np.array([plane.stride for plane in layout], np.int64),
-        offset=np.int64(0 if getattr(weight, "offset", 0) == 128 else getattr(weight, "offset", 0)),
-        table=table,
-        groups=np.int64(weight.shape[-1] // weight.group_size if dense is None else 1),
-        has_minimum=minimum,
-        int8=int8,
-    )
+def _call_dense(x: Float[Array, "rows in"], weights: tuple[Any, ...]) -> tuple[Any, ...]:
+    (weight,) = weights
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(DENSE_TARGET, result, vmap_method="sequential")
+    return (call(x, weight, isa=np.int64(isa_number())),)
+
+
+def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -> tuple[Any, ...]:
+    leaves: list[Any] = []
+    facts: dict[str, list[int]] = {}
+    for weight in weights:
+        inner = weight.inner
+        found = _scales(inner)
+        assert found is not None
+        kind, scales = found
+        table = inner.table if isinstance(inner, CodebookArray) else ()
+        widths = [plane.width for plane in inner.layout]
+        leaves += [*inner.planes, *(scales[name] for name in scales_in_order(scales))]
+        for name, value in {
+            "plane_count": len(widths),
+            "width0": widths[0],
+            "width1": widths[1] if len(widths) > 1 else 0,
+            "offset": getattr(inner, "offset", 0),
+            "scale_kind": kind,
+            "group_size": weight.group_size,
+            "rows": weight.shape[0],
+            "has_minimum": scales.get("minimum") is not None,
+            "has_sub": scales.get("sub") is not None,
+            "has_zero": scales.get("zero") is not None,
+            "has_table": bool(table),
+        }.items():
+            facts.setdefault(name, []).append(int(value))
+        facts.setdefault("tables", []).extend(table or (0,) * 16)
+    results = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
+    call = jax.ffi.ffi_call(MATMUL_TARGET, results, vmap_method="sequential")
+    attributes = {name: np.array(values, np.int64) for name, values in facts.items()}
+    return tuple(call(x, *leaves, **attributes, int8=bool(int8), isa=np.int64(isa_number())))
+
+
+def scales_in_order(scales: dict[str, Any]) -> list[str]:
+    """The leaves that are there, in the order in which src/handler.cc takes them."""
+    return [name for name in ("scale", "sub", "minimum", "zero") if scales.get(name) is not None]

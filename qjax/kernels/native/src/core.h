@@ -22,6 +22,9 @@
 
 #include <stdint.h>
 
+// The only names that the library shows.
+#define QJAX_API __attribute__((visibility("default")))
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -69,28 +72,28 @@ typedef void (*qjax_task)(void* arg, int64_t i);
 typedef void (*qjax_parallel)(void* context, int64_t count, qjax_task task, void* arg);
 
 // Bytes that each leaf must have; 0 for a leaf that the kind of scale has not.
-int64_t qjax_plane_bytes(const qjax_weight* w, int plane);
-int64_t qjax_scale_bytes(const qjax_weight* w);
-int64_t qjax_sub_bytes(const qjax_weight* w);
-int64_t qjax_zero_bytes(const qjax_weight* w);
+QJAX_API int64_t qjax_plane_bytes(const qjax_weight* w, int plane);
+QJAX_API int64_t qjax_scale_bytes(const qjax_weight* w);
+QJAX_API int64_t qjax_sub_bytes(const qjax_weight* w);
+QJAX_API int64_t qjax_zero_bytes(const qjax_weight* w);
 
 // NULL if the kernels serve this weight, else what they do not (sizes, widths, groups).
-const char* qjax_check(const qjax_weight* w);
+QJAX_API const char* qjax_check(const qjax_weight* w);
 
 // Whether this CPU has the instructions; the best of them.
-int qjax_has_isa(int isa);
-int qjax_best_isa(void);
-const char* qjax_isa_name(int isa);
+QJAX_API int qjax_has_isa(int isa);
+QJAX_API int qjax_best_isa(void);
+QJAX_API const char* qjax_isa_name(int isa);
 
 // y[i] = float32 [rows of x, w[i].rows] for each of `count` weights that share x = float32 [m, columns].
 //   int8: round x to int8 in groups of 32 columns. isa: one that qjax_has_isa.
 //   parallel: NULL runs everything on the caller. Results do not depend on it.
 // Returns 0, or 1 for a weight that qjax_check refuses, or 2 where there is no memory for the scratch space.
-int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8, int isa,
+QJAX_API int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8, int isa,
                 qjax_parallel parallel, void* context);
 
 // y[m, rows] = x[m, columns] * w^T for row-major 16-bit floats w; bf16: bfloat16, else float16.
-int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m, float* y,
+QJAX_API int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m, float* y,
                       int isa, qjax_parallel parallel, void* context);
 
 // Grouped-query attention in float32 of queries over a cache, row by row of the batch: a query at position p sees slots
@@ -106,12 +109,12 @@ typedef struct {
   int64_t batch, seq, heads, kv_heads, slots, dim, window;
   int32_t kind;  // of k and v
 } qjax_attention_args;
-int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context);
+QJAX_API int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context);
 
 // One plane from rows-side-by-side (qjax/arrays/planes.py: chunks of `stride` bytes) to lanes, for tiles
 // [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out starts at tile `first`.
 // Returns 0, or 1 for a width or stride that is not known.
-int qjax_to_lanes(const uint8_t* in, int64_t rows, int64_t columns, int width, int stride, int flip, int64_t first,
+QJAX_API int qjax_to_lanes(const uint8_t* in, int64_t rows, int64_t columns, int width, int stride, int flip, int64_t first,
                   int64_t tiles, uint8_t* out);
 
 #ifdef __cplusplus

@@ -14,6 +14,13 @@
 #include "core.h"
 #include "xla/ffi/api/ffi.h"
 
+// The handlers are looked up by name.
+#pragma GCC visibility push(default)
+extern "C" XLA_FFI_Error* qjax_matmul_ffi(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* qjax_matmul_dense_ffi(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* qjax_attention_ffi(XLA_FFI_CallFrame*);
+#pragma GCC visibility pop
+
 namespace ffi = xla::ffi;
 
 namespace {
