@@ -26,7 +26,7 @@ HANDLER = SOURCES / "handler.cc"
 COMPILERS = ("c++", "g++", "clang++")
 # No -march: each isa_*.cc says itself for which instructions it is compiled. No -ffast-math: NaN and infinity count.
 # No warnings: those of the compilers' own intrinsics are many, and `make sanitize` finds what matters.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-pthread", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-w")
 
 
 def compiler() -> list[str]:
@@ -104,10 +104,15 @@ class BuildKernels(build_ext):
         try:
             build_library([Path(source) for source in ext.sources], Path(self.build_temp) / "qjax", library)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            # One of older sources must not be taken for theirs.
-            for stale in (library, Path(self.get_ext_filename(ext.name))):
-                stale.unlink(missing_ok=True)
+            library.unlink(missing_ok=True)
             print(f"warning: qjax: no native CPU kernels: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # In a source tree a library of older sources must not be taken for theirs.
+        for name in map(self.get_ext_filename, (ext.name for ext in self.extensions)):
+            if not Path(self.build_lib, name).exists():
+                Path(name).unlink(missing_ok=True)
 
 
 class TagWheel(bdist_wheel):
