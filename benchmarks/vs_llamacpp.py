@@ -12,7 +12,6 @@ Loading counts for neither. The read bandwidth of the machine is measured in the
 
 import argparse
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -70,21 +69,18 @@ def int4_params(config: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from qjax import api
     from qjax.arrays import AffineArray
-    from qjax.kernels.layout import lay_out
+    from qjax.kernels import lay_out
     from qjax.models.load import MATRICES, NORMS, expected_shapes, inverse_frequencies
 
     rng = np.random.default_rng(0)
-    # As `qjax.load` decides it.
-    order = lay_out if getattr(api, "_LANES", True) else lambda name, array: array
 
     def matrix(name: str) -> Any:
         out, columns = shapes[name]
         scale = rng.uniform(0.5, 1.5, (out, columns // 128)) * columns**-0.5 / 5
         zero = rng.integers(7, 10, scale.shape, np.uint8)
         codes = jax.device_put(rng.integers(0, 256, (out, columns // 2), np.uint8))
-        return order(name, AffineArray((codes,), jnp.asarray(scale, jnp.float16), None, zero=jnp.asarray(zero)))
+        return lay_out(name, AffineArray((codes,), jnp.asarray(scale, jnp.float16), None, zero=jnp.asarray(zero)))
 
     shapes = expected_shapes(config)
     norm = jnp.ones(config.hidden, jnp.float32)
@@ -113,6 +109,7 @@ def qjax_worker(source: str, threads: int, answers: Any) -> None:
     import qjax
     from qjax.arrays import memory
     from qjax.evaluate.shapes import shape_of
+    from qjax.kernels import default_activations
 
     if source.startswith("int4:"):
         config = shape_of(source.removeprefix("int4:")).config
@@ -129,7 +126,7 @@ def qjax_worker(source: str, threads: int, answers: Any) -> None:
 
     # A token reads one row of the embedding and all of the rest.
     rest = {key: value for key, value in params.items() if key != "token_embd"}
-    default = inspect.signature(measure).parameters["activations"].default
+    default = default_activations()
     serve({"touched": memory(rest).nbytes, "activations": default, "jax": jax.__version__}, sample, answers)
 
 

@@ -18,7 +18,7 @@ from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
 from qjax.generate import Piece, make_sampler, stream_text
-from qjax.kernels import Activations
+from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig, load_gguf
 from qjax.models.load import Make, Place, gguf_tensors, keep, read_array, warn_kept
@@ -83,13 +83,14 @@ class Model:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         cache_dtype: Any = jnp.float16,
-        activations: Activations = "float",
+        activations: Activations | None = None,
     ) -> Iterator[Piece]:
         """Continue a prompt (text or token ids): pieces of text with the token ids they came from.
 
         Args:
           max_tokens: None for 128, or for as many as the context leaves if these are fewer.
           stop: a string, or several, before which the text ends.
+          activations: see `qmatmul`; None for `qjax.kernels.default_activations()`.
 
         Raises:
           QjaxError: a sampling number out of range, or a prompt and answer longer than the model's context.
@@ -111,7 +112,7 @@ class Model:
             seed=seed,
             stop=stop,
             cache_dtype=cache_dtype,
-            activations=activations,
+            activations=activations or default_activations(),
         )
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.generate.engine import decode, prefill, slots_for
 from qjax.generate.sampling import Greedy
-from qjax.kernels import Activations
+from qjax.kernels import Activations, default_activations
 from qjax.models import ModelConfig, forward, init_cache
 
 # Tokens that the warm-up decodes: the compiled programs are all there after the second.
@@ -83,7 +83,7 @@ def measure(
     pp: int,
     tg: int,
     repeat: int,
-    activations: Activations = "float",
+    activations: Activations | None = None,
     cache_dtype: Any = jnp.float16,
     progress: Callable[[str, int, int], None] = lambda test, done, repeats: None,
 ) -> list[Row]:
@@ -94,6 +94,7 @@ def measure(
       pp: tokens of the prompt; 0 for no such row.
       tg: tokens to decode, greedily, each by a forward of one token; 0 for no such row.
       repeat: samples of each.
+      activations: None for what generating text uses.
       cache_dtype: of the KV cache.
       progress: called as (test, samples done, repeat), first with 0 once the warm-up is over.
 
@@ -104,6 +105,7 @@ def measure(
         raise QjaxError(f"expected tokens to measure and at least one repeat, got pp {pp}, tg {tg}, repeat {repeat}")
     # A decoded token follows a prompt of one.
     longest = max(pp, tg + 1 if tg else 0)
+    activations = activations or default_activations()
     if longest > config.context:
         raise QjaxError(f"pp {pp} and tg {tg} need {longest} positions, the model's context is {config.context}")
     tests: list[tuple[str, int, Callable[[], float], Callable[[], float]]] = []

@@ -8,6 +8,8 @@ from qjax.kernels.nn import rms_norm as rms_norm
 from qjax.kernels.nn import rope as rope
 from qjax.kernels.qmatmul import KERNELS as KERNELS
 from qjax.kernels.qmatmul import Activations as Activations
+from qjax.kernels.qmatmul import default_activations as default_activations
+from qjax.kernels.qmatmul import describe as describe
 from qjax.kernels.qmatmul import explain as explain
 from qjax.kernels.qmatmul import qmatmul as qmatmul
 from qjax.kernels.qmatmul import qmatmuls as qmatmuls

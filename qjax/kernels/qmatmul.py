@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qjax.arrays import GroupedArray, LaneBlockedArray, Partitioned, QuantizedArray
+from qjax.kernels import native
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
 from qjax.kernels.native import matmul_native, matmuls_native, serves
 from qjax.kernels.reference import matmul_reference
@@ -76,6 +77,15 @@ KERNELS: list[Kernel] = [
 ]
 
 
+def default_activations() -> Activations:
+    """What generating text uses unless told: "int8" where the native CPU kernels run, else "float".
+
+    On a CPU integer products decode 4-bit weights about 1.5 times as fast as float ones and prompts 2.5 times; where
+    there are no such kernels rounding buys nothing.
+    """
+    return "int8" if jax.default_backend() == "cpu" and native.available() else "float"
+
+
 def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel:
     """The kernel that `qmatmul` uses for this weight and this many rows of x.
 
@@ -93,8 +103,12 @@ def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel
 def explain(weight: Any, rows: int, activations: Activations = "float") -> str:
     """One line: which kernel runs, on what."""
     inner = weight.weight if isinstance(weight, Partitioned) else weight
-    kind = repr(weight) if isinstance(weight, QuantizedArray | Partitioned) else f"{weight.dtype}{weight.shape}"
-    return f"{select(inner, rows, activations).name}: {rows} rows x {kind}, {activations} activations"
+    return f"{select(inner, rows, activations).name}: {rows} rows x {describe(weight)}, {activations} activations"
+
+
+def describe(weight: Any) -> str:
+    """A packed or float weight in a few words."""
+    return repr(weight) if isinstance(weight, QuantizedArray | Partitioned) else f"{weight.dtype}{weight.shape}"
 
 
 def qmatmuls(

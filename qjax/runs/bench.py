@@ -1,5 +1,6 @@
 """Speed and memory of a model, as llama-bench shows them."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ from qjax import api
 from qjax.evaluate.shapes import shape_of
 from qjax.evaluate.speed import measure, peak_bytes
 from qjax.evaluate.synthetic import save_synthetic, synthetic_params
+from qjax.kernels import default_activations, describe, native, select
+from qjax.models.load import gguf_tensors
 from qjax.runs.console import megabytes, progress_bar, show_table
 from qjax.runs.texts import open_model
+
+# Rows of x that stand for a prompt.
+MANY = 512
 
 
 def _open(model: str | None, shape: str | None, type_name: str, quantize: str | None) -> tuple[str, api.Model]:
@@ -35,9 +41,10 @@ def bench(
     tg: int = 128,
     repeat: int = 5,
     threads: int | None = None,
-    activations: Any = "float",
+    activations: Any = None,
 ) -> dict[str, Any]:
     """Prompt and generation speed of a file, or of made-up weights of a known shape."""
+    activations = activations or default_activations()
     start = time.perf_counter()
     name, opened = _open(model, shape, type_name, quantize)
     jax.block_until_ready(opened.params)
@@ -65,6 +72,38 @@ def bench(
         "load_seconds": load_seconds,
         "peak_bytes": peak_bytes(),
     }
+
+
+def kernels(
+    model: str | None,
+    *,
+    shape: str | None = None,
+    type_name: str = "q4_0",
+    quantize: str | None = None,
+    activations: Any,
+) -> dict[str, Any]:
+    """Which kernel each matrix takes for one row of x and for many, without running any."""
+    activations = activations or default_activations()
+    name, opened = _open(model, shape, type_name, quantize)
+    rows = []
+    tied = "output" not in opened.params
+    for tensor, array in gguf_tensors(opened.params, opened.config):
+        if array.ndim != 2 or (tensor == "token_embd.weight" and not tied):
+            continue
+        names = [select(array, count, activations).name for count in (1, MANY)]
+        rows.append({"tensor": tensor, "weight": describe(array), "decode": names[0], "prefill": names[1]})
+    return {"model": name, "activations": activations, "instructions": native.isa(), "rows": rows}
+
+
+def show_kernels(result: dict[str, Any]) -> None:
+    """A line a tensor; layers that are all alike are one line."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in result["rows"]:
+        suffix = re.sub(r"^blk\.\d+\.", "blk.*.", row["tensor"])
+        alike.setdefault((suffix, row["weight"], row["decode"], row["prefill"]), []).append(row["tensor"])
+    lines = [(f"{len(names)} x {key[0]}" if len(names) > 1 else names[0], *key[1:]) for key, names in alike.items()]
+    title = f"{result['model']}, {result['activations']} activations, native: {result['instructions'] or 'no'}"
+    show_table(title, ["tensor", "weight", "1 row", f"{MANY} rows"], lines)
 
 
 def save(shape: str, type_name: str, path: str) -> None:

@@ -213,6 +213,16 @@ def test_bench_of_a_file(run: Any, run_json: Json, model: Path) -> None:
     assert "pp" not in shown.out
 
 
+def test_bench_tells_which_kernels_run(run: Any, run_json: Json, model: Path) -> None:
+    for activations in ("float", "int8"):
+        found = run_json("bench", model, "--kernels", "--activations", activations)
+        assert len(found["rows"]) > 5
+        for row in found["rows"]:
+            assert row["decode"].startswith(("native", "xla"))
+            assert row["prefill"].startswith(("native", "xla"))
+    assert "blk.*.attn_q.weight" in run("bench", model, "--kernels").out
+
+
 def test_bench_of_a_shape(run_json: Json, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "llama-7b", shape)
     made = ("bench", "--shape", "llama-7b", "--type", "q8_0")

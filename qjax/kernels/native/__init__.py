@@ -3,6 +3,7 @@
 from qjax.kernels.native.attention import attention_native as attention_native
 from qjax.kernels.native.attention import serves_attention as serves_attention
 from qjax.kernels.native.library import available as available
+from qjax.kernels.native.library import isa as isa
 from qjax.kernels.native.matmul import matmul_native as matmul_native
 from qjax.kernels.native.matmul import matmuls_native as matmuls_native
 from qjax.kernels.native.matmul import serves as serves
