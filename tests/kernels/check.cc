@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -57,19 +59,66 @@ bool ReadCase(FILE* file, Case* c) {
   return true;
 }
 
-void Threads(void*, int64_t count, qjax_task task, void* arg) {
-  std::atomic<int64_t> left{count};
-  const auto drain = [&] {
-    for (int64_t i; (i = left.fetch_sub(1) - 1) >= 0;) task(arg, i);
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < kThreads; ++i) others.emplace_back(drain);
-  drain();
-  for (std::thread& other : others) other.join();
-}
+// Threads that stay: emulators are slow to make them, and keep what each had.
+class Pool {
+ public:
+  Pool() {
+    for (int i = 1; i < kThreads; ++i) threads_.emplace_back([this] { Work(); });
+  }
+  ~Pool() {
+    Begin(0, nullptr, nullptr);
+    for (std::thread& thread : threads_) thread.join();
+  }
+  void Run(int64_t count, qjax_task task, void* arg) {
+    Begin(count, task, arg);
+    Drain();
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return busy_ == 0; });
+  }
+
+ private:
+  void Begin(int64_t count, qjax_task task, void* arg) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    left_ = count;
+    task_ = task;
+    arg_ = arg;
+    busy_ = kThreads - 1;
+    ++round_;
+    changed_.notify_all();
+  }
+  // The last task first: another order than that of one thread.
+  void Drain() {
+    for (int64_t i; (i = left_.fetch_sub(1) - 1) >= 0;) task_(arg_, i);
+  }
+  void Work() {
+    for (int64_t seen = 0;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+        if (task_ == nullptr) return;
+      }
+      Drain();
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<int64_t> left_{0};
+  qjax_task task_ = nullptr;
+  void* arg_ = nullptr;
+  int busy_ = 0;
+  int64_t round_ = 0;
+  std::vector<std::thread> threads_;  // last: they use the rest
+};
+
+void Threads(void* pool, int64_t count, qjax_task task, void* arg) { static_cast<Pool*>(pool)->Run(count, task, arg); }
 
 struct Check {
   int isa;
+  Pool* pool;
   int64_t runs = 0, failures = 0;
   double worst = 0;
 
@@ -141,7 +190,7 @@ struct Check {
           for (const qjax_weight& w : weights) results[shared].emplace_back(m * w.rows, 1e30f);
           for (std::vector<float>& result : results[shared]) y.push_back(result.data());
           const int code = qjax_matmul(weights.data(), count, x.data(), m, y.data(), int8, isa,
-                                       shared ? Threads : nullptr, nullptr);
+                                       shared ? Threads : nullptr, pool);
           if (code != 0) return Fail(c, "code " + std::to_string(code));
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -163,7 +212,7 @@ struct Check {
       for (int shared = 0; shared < 2; ++shared) {
         y[shared].assign(m * rows, 1e30f);
         const int code = qjax_matmul_dense(As<uint16_t>(c.blobs[1]), rows, columns, static_cast<int>(c.numbers[3]),
-                                           x.data(), m, y[shared].data(), isa, shared ? Threads : nullptr, nullptr);
+                                           x.data(), m, y[shared].data(), isa, shared ? Threads : nullptr, pool);
         if (code != 0) return Fail(c, "code " + std::to_string(code));
       }
       Compare(c, "m=" + std::to_string(m), y[0], y[1], As<double>(c.blobs[2]), As<double>(c.blobs[3]));
@@ -179,7 +228,7 @@ struct Check {
       const qjax_attention_args args{As<float>(c.blobs[0]), c.blobs[1].data(), c.blobs[2].data(),
                                      As<int32_t>(c.blobs[3]), out[shared].data(), n[0], n[1], n[2], n[3], n[4], n[5],
                                      n[6], static_cast<int32_t>(n[7])};
-      const int code = qjax_attention(&args, isa, shared ? Threads : nullptr, nullptr);
+      const int code = qjax_attention(&args, isa, shared ? Threads : nullptr, pool);
       if (code != 0) return Fail(c, "code " + std::to_string(code));
     }
     Compare(c, "", out[0], out[1], As<double>(c.blobs[4]), As<double>(c.blobs[5]));
@@ -223,10 +272,11 @@ int main(int argc, char** argv) {
     fprintf(stderr, "usage: check FILE [instruction set]..., FILE from native_cases.py\n");
     return 2;
   }
+  Pool pool;
   std::vector<Check> checks;
   for (int isa = 0; isa < QJAX_ISA_COUNT; ++isa) {
     const auto named = [&](const char* name) { return strcmp(name, qjax_isa_name(isa)) == 0; };
-    if (qjax_has_isa(isa) && (argc == 2 || std::any_of(argv + 2, argv + argc, named))) checks.push_back({isa});
+    if (qjax_has_isa(isa) && (argc == 2 || std::any_of(argv + 2, argv + argc, named))) checks.push_back({isa, &pool});
   }
   int64_t cases = 0;
   for (Case c; ReadCase(file, &c); ++cases) {
