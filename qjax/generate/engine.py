@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
-from qjax.kernels import Activations
+from qjax.kernels import Activations, native
 from qjax.models import KVCache, ModelConfig, forward, init_cache
 from qjax.models.cache import grow_cache
 
@@ -130,24 +130,47 @@ def decode(
     mask = np.zeros(logits.shape, bool)
     for row, prompt in zip(mask, prompts, strict=True):
         row[np.asarray(prompt)] = True
-    seen, key = jnp.asarray(mask), jax.random.key(seed)
+    advance = _advance_as_one if _as_one_program() else _advance
+    token, seen, key = choose(logits, jnp.asarray(mask), jax.random.key(seed), sampler=sampler)
     # Counted here, since reading it from the device would wait for each step.
     longest = int(cache.length.max())
     for step in range(steps):
-        token, seen, key = choose(logits, seen, key, sampler=sampler)
+        now = token
         if step + 1 < steps:
             cache = _with_room(cache, longest, config.context)
-            logits, cache = _step(params, config, token, cache, activations)
+            token, seen, key, cache = advance(
+                params, config, token, cache, seen, key, sampler=sampler, activations=activations
+            )
             longest += 1
-        yield np.asarray(token)
+        yield np.asarray(now)
 
 
-def _step(
-    params: Params, config: ModelConfig, token: Int[Array, " batch"], cache: KVCache, activations: Activations
-) -> tuple[Float[Array, "batch vocab"], KVCache]:
+def _advance(
+    params: Params,
+    config: ModelConfig,
+    token: Int[Array, " batch"],
+    cache: KVCache,
+    seen: Bool[Array, "batch vocab"],
+    key: Any,
+    *,
+    sampler: Sampler,
+    activations: Activations,
+) -> tuple[Int[Array, " batch"], Bool[Array, "batch vocab"], Any, KVCache]:
+    """One step: the token that follows, what was seen with it, the next key, and the cache."""
     logits, held = forward(params, config, token[:, None], cache, activations=activations)
     assert held is not None
-    return logits[:, 0], held
+    return *choose(logits[:, 0], seen, key, sampler=sampler), held
+
+
+# All of a step as one program: nothing of Python runs between its layers, on a machine whose cores are all busy.
+_advance_as_one = jax.jit(
+    _advance, static_argnames=("config", "sampler", "activations"), donate_argnames=("cache", "seen")
+)
+
+
+def _as_one_program() -> bool:
+    """Whether a step compiles fast as a whole: XLA:CPU's own loops over tiles, seven a layer, do not."""
+    return jax.default_backend() != "cpu" or native.available()
 
 
 def generate_ids(

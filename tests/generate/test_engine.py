@@ -121,15 +121,23 @@ def test_the_context_may_be_filled_and_not_more(made: Any) -> None:
 def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[int], n: int) -> list[int]:
     """The cache's slots in each step of decoding."""
     seen = []
+    with_room = engine._with_room
 
-    def spy(params: Any, config: Any, tokens: Any, cache: Any, **options: Any) -> Any:
-        if tokens.shape[1] == 1:
-            seen.append(cache.slots)
-        return forward(params, config, tokens, cache, **options)
+    def spy(*arguments: Any) -> Any:
+        cache = with_room(*arguments)
+        seen.append(cache.slots)
+        return cache
 
-    monkeypatch.setattr(engine, "forward", spy)
+    monkeypatch.setattr(engine, "_with_room", spy)
     texts(made, [prompt], n)
     return seen
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_is_one_program_or_many(made: Any, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    expected = texts(made, [prompt_of(5), prompt_of(9)], 12)
+    monkeypatch.setattr(engine, "_as_one_program", lambda: whole)
+    assert texts(made, [prompt_of(5), prompt_of(9)], 12) == expected
 
 
 def test_the_cache_grows_when_it_is_full(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
