@@ -67,8 +67,8 @@ $(CHECK)/$(1)/check: $(patsubst %.cc,$(CHECK)/$(1)/%.o,check.cc $(notdir $(filte
 endef
 vpath %.cc $(NATIVE) tests/kernels
 $(eval $(call check,plain,$(CXX),-O3,g++))
-# -g1: with more the compilers take minutes over it.
-$(eval $(call check,sanitize,$(CXX),-O1 -g1 -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all,g++))
+# -O0: with more the compilers take many minutes over it.
+$(eval $(call check,sanitize,$(CXX),-O0 -g1 -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all,g++))
 $(eval $(call check,arm,$(ARM)-g++,-O3,g++-$(ARM)))
 
 bench: setup
