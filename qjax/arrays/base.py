@@ -13,6 +13,17 @@ from jaxtyping import Array, Float, Integer
 from qjax.arrays.planes import Layout, layout_bits
 
 
+def take_rows(leaf: Any, rows: Integer[Array, " n"]) -> Any:
+    """Rows of an array, ids past the end giving the last one.
+
+    16-bit floats are taken as bits: XLA:CPU would first make all of the table float32.
+    """
+    if leaf.dtype not in (jnp.float16, jnp.bfloat16):
+        return jnp.take(leaf, rows, axis=0, mode="clip")
+    bits = jnp.take(lax.bitcast_convert_type(leaf, jnp.uint16), rows, axis=0, mode="clip")
+    return lax.bitcast_convert_type(bits, leaf.dtype)
+
+
 class QuantizedArray(abc.ABC):
     """A weight [..., out_features, in_features] kept packed; a pytree of arrays.
 
@@ -68,7 +79,7 @@ class QuantizedArray(abc.ABC):
         if self.ndim != 2:
             raise ValueError(f"expected a 2-D array to take rows from, got shape {self.shape}")
         flat = rows.reshape(-1)
-        taken = self.map_rows(lambda leaf: jnp.take(leaf, flat, axis=0, mode="clip"))
+        taken = self.map_rows(lambda leaf: take_rows(leaf, flat))
         return taken.dequantize(dtype).reshape(*rows.shape, self.shape[-1])
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qjax.arrays import GroupedArray, LaneBlockedArray, Partitioned, QuantizedArray
+from qjax.arrays.base import take_rows
 from qjax.kernels import native
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
 from qjax.kernels.native import matmul_native, matmuls_native, serves
@@ -188,4 +189,4 @@ def qtake(weight: Any, rows: Int[Array, "..."], dtype: Any = jnp.float32) -> Flo
         weight = weight.weight
     if isinstance(weight, QuantizedArray):
         return weight.take(rows, dtype)
-    return jnp.take(weight, rows, axis=0, mode="clip").astype(dtype)
+    return take_rows(weight, rows.reshape(-1)).astype(dtype).reshape(*rows.shape, weight.shape[-1])
