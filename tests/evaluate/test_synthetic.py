@@ -18,6 +18,7 @@ from qjax.evaluate.synthetic import CODES, FLOATS, plan, save_synthetic, synthet
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.mixes import MIXES
 from qjax.formats.gguf.types import GGML_TYPES
+from qjax.kernels import lay_out
 from qjax.models import forward, load_gguf
 from qjax.text import Tokenizer
 
@@ -85,7 +86,7 @@ def test_params_from_memory_and_from_file_are_the_same(mix: str, tmp_path: Path)
     assert path.stat().st_size == size
     made = synthetic_params(TINY.config, mix)
     file = open_gguf(path)
-    loaded, config = load_gguf(file)
+    loaded, config = load_gguf(file, lay_out=lay_out)
     kinds = {name: info.type for name, info in file.tensors.items()}
     assert config == TINY.config
     assert kinds == {name: tensor.type for name, tensor in plan(TINY.config, mix).items()}
