@@ -1,4 +1,4 @@
-"""Where qjax keeps what it can make again: compiled programs and the native library."""
+"""Where qjax keeps what it can make again: compiled programs."""
 
 import os
 from pathlib import Path

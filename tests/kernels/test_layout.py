@@ -9,6 +9,7 @@ from qjax.formats.gguf import from_blocks
 from qjax.kernels import layout, native
 
 
+@pytest.mark.skipif(not native.available(), reason="no native kernels to bring codes into lanes")
 def test_lanes_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     q4_0 = from_blocks("Q4_0", np.zeros((16, 18), np.uint8), np.asarray)
     raw = from_blocks("IQ2_XS", np.zeros((16, 74), np.uint8), np.asarray)

@@ -372,7 +372,7 @@ extern "C" const char* qjax_check(const qjax_weight* w) {
   if (w->rows < 1 || w->columns < 1 || w->rows > (1ll << 31) || w->columns > (1ll << 31)) return "no such size";
   if (w->plane_count < 1 || w->plane_count > 2 || FormOf(*w) == kForms) return "no such planes";
   if (w->has_table && FormOf(*w) != kForm4Table) return "a table is for codes of 4 bits";
-  if (w->offset < 0 || w->offset > 255) return "no such offset";
+  if (w->offset < 0 || w->offset > 255 || (w->has_table && w->offset != 0)) return "no such offset";
   if (w->scale_kind < QJAX_F16 || w->scale_kind > QJAX_IQ4_XS) return "no such kind of scale";
   const int64_t g = w->group_size;
   if (g != 16 && (g < 1 || g % kStep != 0) && g != w->columns) return "groups of 16, of a multiple of 32, or one a row";

@@ -112,7 +112,7 @@ typedef struct {
 QJAX_API int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context);
 
 // One plane from rows-side-by-side (qjax/arrays/planes.py: chunks of `stride` bytes) to lanes, for tiles
-// [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out starts at tile `first`.
+// [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out is that of all tiles.
 // Returns 0, or 1 for a width or stride that is not known.
 QJAX_API int qjax_to_lanes(const uint8_t* in, int64_t rows, int64_t columns, int width, int stride, int flip, int64_t first,
                   int64_t tiles, uint8_t* out);
