@@ -70,6 +70,10 @@ class QuantizedArray(abc.ABC):
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.size if self.size else 0.0
 
+    def plain(self) -> "QuantizedArray":
+        """The same weight with its rows side by side: itself, unless it is laid out for kernels."""
+        return self
+
     def map_rows(self, f: Callable[[Any], Any]) -> Any:
         """`f` on every leaf; f must treat axis -2 as rows and keep the last axis."""
         return jax.tree.map(f, self)
