@@ -30,7 +30,7 @@ Elsewhere = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
 
 
 def _scales(inner: Any) -> tuple[int, dict[str, Any]] | None:
-    """core.h's kind of scale and the leaves it reads; None for dtypes that it does not know."""
+    """core.h's kind of scale and the leaves it reads, in src/handler.cc's order; None for dtypes it does not know."""
     leaves = {}
     if isinstance(inner, TwoLevelArray):
         leaves = {"scale": inner.super_scale, "sub": inner.sub_scales, "minimum": inner.super_minimum}
@@ -119,7 +119,7 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -
         kind, scales = found
         table = inner.table if isinstance(inner, CodebookArray) else ()
         widths = [plane.width for plane in inner.layout]
-        leaves += [*inner.planes, *(scales[name] for name in scales_in_order(scales))]
+        leaves += [*inner.planes, *(leaf for leaf in scales.values() if leaf is not None)]
         for name, value in {
             "plane_count": len(widths),
             "width0": widths[0],
@@ -139,8 +139,3 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -
     call = jax.ffi.ffi_call(MATMUL_TARGET, results, vmap_method="sequential")
     attributes = {name: np.array(values, np.int64) for name, values in facts.items()}
     return tuple(call(x, *leaves, **attributes, int8=bool(int8), isa=np.int64(isa_number())))
-
-
-def scales_in_order(scales: dict[str, Any]) -> list[str]:
-    """The leaves that are there, in the order in which src/handler.cc takes them."""
-    return [name for name in ("scale", "sub", "minimum", "zero") if scales.get(name) is not None]

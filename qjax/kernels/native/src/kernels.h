@@ -22,7 +22,7 @@ struct Codes {
   const uint8_t* table;  // 16 values plus 128
 };
 
-// One chunk of rows of x, made ready: see PrepareX in core.cc. `rows` of them lie side by side in each entry.
+// One chunk of rows of x, made ready: see Inputs::Prepare in core.cc. `rows` of them lie side by side in each entry.
 struct Rows {
   int rows;
   const int8_t* q;       // [steps, 8, rows, 4]
