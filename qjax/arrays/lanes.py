@@ -34,6 +34,7 @@ WIDTHS = frozenset([(8,), (4,), (2,), (2, 1), (4, 1), (4, 2)])
 
 # repack(bytes [rows, bytes of a row], plane, columns, flip) -> uint8 [T, S * 64 * width]; flip is xored into each byte.
 Repack = Callable[[np.ndarray, Plane, int, int], np.ndarray]
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 
 # Tiles repacked at a time: what is unpacked of them stays in a core's cache.
 _TILES_TOGETHER = 8
@@ -208,12 +209,13 @@ def serves_lanes(array: Any) -> str | None:
     return None
 
 
-def to_lanes(array: GroupedArray, repack: Repack = repack) -> LaneBlockedArray:
+def to_lanes(array: GroupedArray, repack: Repack = repack, empty: Empty = np.empty) -> LaneBlockedArray:
     """The array in lanes, with numpy leaves.
 
     Args:
       array: one that `serves_lanes`; its leaves (numpy, memory maps, or JAX arrays of this process) are only read.
       repack: what brings one plane into lanes.
+      empty: `empty(shape, dtype)` makes the arrays of the other leaves.
 
     Raises:
       ValueError: lanes do not serve the array.
@@ -228,7 +230,9 @@ def to_lanes(array: GroupedArray, repack: Repack = repack) -> LaneBlockedArray:
     def numbers(leaf: np.ndarray) -> np.ndarray:
         filled = np.pad(leaf, ((0, 0), (0, 1))) if half_step else leaf
         lanes = _side_by_side(filled)
-        return np.ascontiguousarray(lanes).reshape(lanes.shape[0], -1)
+        own = empty(lanes.shape, lanes.dtype)
+        own[...] = lanes
+        return own.reshape(lanes.shape[0], -1)
 
     planes = tuple(
         repack(data, plane, columns, _flip(held)).reshape(_ceil(out, LANES), -1)

@@ -6,6 +6,8 @@ from qjax.kernels.nn import attention as attention
 from qjax.kernels.nn import attention_mask as attention_mask
 from qjax.kernels.nn import rms_norm as rms_norm
 from qjax.kernels.nn import rope as rope
+from qjax.kernels.nn import rope_angles as rope_angles
+from qjax.kernels.nn import swiglu as swiglu
 from qjax.kernels.qmatmul import KERNELS as KERNELS
 from qjax.kernels.qmatmul import Activations as Activations
 from qjax.kernels.qmatmul import default_activations as default_activations

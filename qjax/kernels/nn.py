@@ -1,42 +1,83 @@
-"""The small operations around the matmuls: RMS norm, rotary embedding, attention over a cache."""
+"""The small operations around the matmuls: RMS norm, SwiGLU's gate, rotary embedding, attention over a cache."""
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qjax.kernels.native import attention_native, serves_attention
+from qjax.kernels.native import (
+    attention_native,
+    rms_norm_native,
+    rope_native,
+    serves_attention,
+    serves_elementwise,
+    swiglu_native,
+)
 
 
 def rms_norm(x: Float[Array, "*batch n"], weight: Float[Array, " n"], eps: float) -> Float[Array, "*batch n"]:
     """x / sqrt(mean(x**2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
-    # Broadcast by hand: the weight has one axis, x has several.
-    w = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
-    return (wide * scale * w).astype(x.dtype)
+    by_xla = _rms_norm(eps)
+    if not serves_elementwise(x):
+        return by_xla(x, weight)
+    return rms_norm_native(x, weight.astype(jnp.float32), eps, by_xla)
 
 
-def rope(
-    x: Float[Array, "batch seq heads dim"],
-    positions: Int[Array, "batch seq"],
-    inverse_frequencies: Float[Array, " half"],
-    *,
-    interleaved: bool,
-) -> Float[Array, "batch seq heads dim"]:
+@functools.cache
+def _rms_norm(eps: float) -> Callable[..., Any]:
+    def norm(x: Any, weight: Any) -> Any:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+        # Broadcast by hand: the weight has one axis, x has several.
+        w = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
+        return (wide * scale * w).astype(x.dtype)
+
+    return norm
+
+
+def swiglu(gate: Float[Array, "*batch n"], up: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+    return swiglu_native(gate, up, _swiglu) if serves_elementwise(gate, up) else _swiglu(gate, up)
+
+
+def _swiglu(gate: Any, up: Any) -> Any:
+    return jax.nn.silu(gate) * up
+
+
+Angles = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
+
+
+@jax.jit
+def rope_angles(positions: Int[Array, "batch seq"], inverse_frequencies: Float[Array, " half"]) -> Angles:
+    """Cosine and sine of the angles by which `rope` turns: the same for all heads and layers.
+
+    Args:
+      inverse_frequencies: one a rotated pair, theta**(-2i/dim) before any scaling.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies.reshape(1, 1, -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: Float[Array, "batch seq heads dim"], angles: Angles, *, interleaved: bool) -> Any:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
     Args:
-      inverse_frequencies: one a rotated pair, theta**(-2i/dim) before any scaling. Dimensions past twice their
-        number are passed through.
+      angles: as `rope_angles` gives them. Dimensions past twice their number are passed through.
       interleaved: pairs are (2i, 2i+1), as ggml stores Llama; else (i, i + half), as Qwen.
     """
-    half = inverse_frequencies.shape[0]
-    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies.reshape(1, 1, 1, half)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    by_xla = _ROPES[interleaved]
+    if not serves_elementwise(x, *angles):
+        return by_xla(x, *angles)
+    return rope_native(x, *angles, interleaved=interleaved, elsewhere=by_xla)
+
+
+def _rope(x: Any, cosine: Any, sine: Any, *, interleaved: bool) -> Any:
+    half = cosine.shape[-1]
+    cos, sin = cosine[:, :, None], sine[:, :, None]
     turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     if interleaved:
         pairs = turned.reshape(*turned.shape[:-1], half, 2)
@@ -46,6 +87,10 @@ def rope(
         a, b = turned[..., :half], turned[..., half:]
         turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+# One function for each kind: what is compiled for it is found again.
+_ROPES = {interleaved: partial(_rope, interleaved=interleaved) for interleaved in (False, True)}
 
 
 def attention_mask(

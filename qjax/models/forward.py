@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qjax.kernels import Activations, attend, qmatmul, qmatmuls, qtake, rms_norm, rope
+from qjax.kernels import Activations, attend, qmatmul, qmatmuls, qtake, rms_norm, rope, rope_angles, swiglu
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 
@@ -47,7 +47,7 @@ def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: P
 def layer(
     p: Params,
     x: Hidden,
-    inverse_frequencies: Float[Array, " half"],
+    angles: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
     positions: Positions,
     cache: LayerCache,
     *,
@@ -63,13 +63,7 @@ def layer(
     v = v.reshape(batch, seq, config.kv_heads, config.head_dim)
     if config.qk_norm:
         q, k = rms_norm(q, p["attn_q_norm"], config.norm_eps), rms_norm(k, p["attn_k_norm"], config.norm_eps)
-    turn = partial(
-        rope,
-        positions=positions,
-        inverse_frequencies=inverse_frequencies,
-        interleaved=config.rope_interleaved,
-    )
-    q, k = turn(q), turn(k)
+    q, k = (rope(heads, angles, interleaved=config.rope_interleaved) for heads in (q, k))
     if cache is None:
         keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     else:
@@ -79,7 +73,7 @@ def layer(
     x = x + _project(a, p, ("attn_output",), activations)[0]
     h = rms_norm(x, p["ffn_norm"], config.norm_eps)
     gate, up = _project(h, p, ("ffn_gate", "ffn_up"), activations)
-    return x + _project(jax.nn.silu(gate) * up, p, ("ffn_down",), activations)[0], cache
+    return x + _project(swiglu(gate, up), p, ("ffn_down",), activations)[0], cache
 
 
 @jax.jit
@@ -132,11 +126,12 @@ def forward(
     batch, seq = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
     positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
+    angles = rope_angles(positions, params["rope"])
     x = embed({"token_embd": params["token_embd"]}, tokens)
     keys, values = [], []
     for i, p in enumerate(params["layers"]):
         held = None if cache is None else (cache.keys[i], cache.values[i])
-        x, held = layer(p, x, params["rope"], positions, held, config=config, activations=activations)
+        x, held = layer(p, x, angles, positions, held, config=config, activations=activations)
         if held is not None:
             keys.append(held[0])
             values.append(held[1])

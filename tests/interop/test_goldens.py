@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from qjax.formats.gguf import open_gguf
+from qjax.kernels import rope_angles
 from qjax.models import KVCache, ModelConfig, forward, init_cache, load_gguf
 from qjax.models.forward import layer
 
@@ -147,7 +148,7 @@ def test_the_cache_is_updated_in_place(batch: int) -> None:
     lowered = layer.lower(
         g.params["layers"][0],
         jnp.zeros((batch, 5, g.config.hidden), jnp.float32),
-        g.params["rope"],
+        rope_angles(jnp.zeros((batch, 5), jnp.int32), g.params["rope"]),
         jnp.zeros((batch, 5), jnp.int32),
         (after.keys[0], after.values[0]),
         config=g.config,

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from qjax.arrays import QuantizedArray, memory, partition
 from qjax.formats.gguf import open_gguf
+from qjax.kernels import rope_angles
 from qjax.models import ModelConfig, forward, init_cache, load_gguf
 from qjax.models.forward import layer
 
@@ -203,6 +204,10 @@ def test_a_layer_never_holds_a_float_copy_of_a_weight(write_model: Any, rows: in
     p = params["layers"][0]
     x = jnp.zeros((1, rows, config.hidden), jnp.float32)
     positions = jnp.zeros((1, rows), jnp.int32)
-    used = layer.lower(p, x, params["rope"], positions, None, config=config).compile().memory_analysis()
+    used = (
+        layer.lower(p, x, rope_angles(positions, params["rope"]), positions, None, config=config)
+        .compile()
+        .memory_analysis()
+    )
     copy, activations = 4 * memory(p["ffn_up"]).parameters, 4 * rows * config.ffn
     assert used.temp_size_in_bytes < copy / 2 + 4 * activations

@@ -13,7 +13,8 @@ from qjax.errors import QjaxError, QjaxWarning
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 MATMUL_TARGET, DENSE_TARGET, ATTENTION_TARGET = "qjax_matmul_ffi", "qjax_matmul_dense_ffi", "qjax_attention_ffi"
-TARGETS = (MATMUL_TARGET, DENSE_TARGET, ATTENTION_TARGET)
+RMS_NORM_TARGET, SWIGLU_TARGET, ROPE_TARGET = "qjax_rms_norm_ffi", "qjax_swiglu_ffi", "qjax_rope_ffi"
+TARGETS = (MATMUL_TARGET, DENSE_TARGET, ATTENTION_TARGET, RMS_NORM_TARGET, SWIGLU_TARGET, ROPE_TARGET)
 
 # core.h's qjax_isa.
 ISAS = ("generic", "avx2", "avx_vnni", "avx512_vnni", "neon_dot", "neon_i8mm")

@@ -23,7 +23,7 @@ _FLOAT_KINDS = {"float16": 0, "float32": 1}
 _E8M0 = 2
 _TWO_LEVEL_KINDS = {"q2_k": 3, "q3_k": 4, "q4_k": 5, "q6_k": 6, "iq4_xs": 7}
 
-# Weights of one call at most, as in core.cc.
+# Weights of one call at most, as in matmul.cc.
 MOST_TOGETHER = 8
 
 Elsewhere = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qjax.kernels.native.library import library
+from qjax.kernels.native.memory import empty
 
 # Bytes below which threads are not worth their start.
 _ALONE = 1 << 20
@@ -25,7 +26,7 @@ def repack(
         raise ValueError("no native CPU kernels")
     data = np.ascontiguousarray(data)
     tiles, steps = -(-data.shape[0] // 16), -(-columns // 32)
-    lanes = np.empty((tiles, steps * 64 * width), np.uint8)
+    lanes = empty((tiles, steps * 64 * width), np.uint8)
 
     def part(first: int, last: int) -> int:
         # The lock on Python's objects is free while this runs.

@@ -92,6 +92,11 @@ QJAX_API const char* qjax_isa_name(int isa);
 QJAX_API int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8, int isa,
                 qjax_parallel parallel, void* context);
 
+// Whether qjax_matmul reads each weight but once, from front to back, for so many rows of x.
+QJAX_API int qjax_reads_once(int isa, int64_t m);
+// Where the tasks of share `part` of `parts` begin to read then, and the bytes from there to the end of the plane.
+QJAX_API int64_t qjax_start(const qjax_weight* w, int64_t count, int64_t part, int64_t parts, const uint8_t** at);
+
 // y[m, rows] = x[m, columns] * w^T for row-major 16-bit floats w; bf16: bfloat16, else float16.
 QJAX_API int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m, float* y,
                       int isa, qjax_parallel parallel, void* context);
@@ -110,6 +115,17 @@ typedef struct {
   int32_t kind;  // of k and v
 } qjax_attention_args;
 QJAX_API int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context);
+
+// Row by row of float32 [rows, n]: y = x / sqrt(mean(x^2) + eps) * weight; y = gate / (1 + exp(-gate)) * up.
+QJAX_API int qjax_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t n, float* y, int isa,
+                           qjax_parallel parallel, void* context);
+QJAX_API int qjax_swiglu(const float* gate, const float* up, int64_t rows, int64_t n, float* y, int isa,
+                         qjax_parallel parallel, void* context);
+// Pairs (2 i, 2 i + 1), or (i, i + half), of each head of float32 [tokens, heads, dim] turned by angle i of the token,
+// i < half; cosine, sine: [tokens, half]. Dimensions past twice `half` are passed through.
+QJAX_API int qjax_rope(const float* x, const float* cosine, const float* sine, int64_t tokens, int64_t heads,
+                       int64_t dim, int64_t half, int interleaved, float* y, int isa, qjax_parallel parallel,
+                       void* context);
 
 // One plane from rows-side-by-side (qjax/arrays/planes.py: chunks of `stride` bytes) to lanes, for tiles
 // [first, first + tiles) of a plane of `rows` rows; `flip` is xored into each byte. out is that of all tiles.

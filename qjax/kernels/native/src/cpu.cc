@@ -1,6 +1,6 @@
-// Which instruction sets this CPU has.
+// Which instruction sets this CPU has, and their kernels.
 
-#include "kernels.h"
+#include "run.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -69,3 +69,31 @@ extern "C" const char* qjax_isa_name(int isa) {
   constexpr const char* kNames[] = {"generic", "avx2", "avx_vnni", "avx512_vnni", "neon_dot", "neon_i8mm"};
   return isa >= 0 && isa < QJAX_ISA_COUNT ? kNames[isa] : nullptr;
 }
+
+namespace qjax {
+
+const KernelTable* TableOf(int isa) {
+  if (!qjax_has_isa(isa)) return nullptr;
+  switch (isa) {
+    case QJAX_GENERIC:
+      return GenericKernels();
+    case QJAX_AVX2:
+      return Avx2Kernels();
+    case QJAX_AVX_VNNI:
+      return AvxVnniKernels();
+    case QJAX_AVX512_VNNI:
+      return Avx512Kernels();
+    case QJAX_NEON_DOT:
+      return NeonDotKernels();
+    case QJAX_NEON_I8MM:
+      return NeonI8mmKernels();
+    default:
+      return nullptr;
+  }
+}
+
+void Alone(void*, int64_t count, qjax_task task, void* arg) {
+  for (int64_t i = 0; i < count; ++i) task(arg, i);
+}
+
+}  // namespace qjax

@@ -1,17 +1,11 @@
 // The door from XLA to core.h: buffers and attributes in, the same products out, threads from XLA's own pool.
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
-#include <utility>
 #include <vector>
 
 #include "core.h"
+#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 // The handlers are looked up by name.
@@ -19,6 +13,9 @@
 extern "C" XLA_FFI_Error* qjax_matmul_ffi(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* qjax_matmul_dense_ffi(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* qjax_attention_ffi(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* qjax_rms_norm_ffi(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* qjax_swiglu_ffi(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* qjax_rope_ffi(XLA_FFI_CallFrame*);
 #pragma GCC visibility pop
 
 namespace ffi = xla::ffi;
@@ -26,109 +23,23 @@ namespace ffi = xla::ffi;
 namespace {
 
 using Numbers = ffi::Span<const int64_t>;
+using qjax::RunTogether;
+using qjax::Starts;
+using qjax::Work;
+using qjax::team;
 
-// The tasks of one call. The caller works too, and waits for tasks, not for helpers: a helper that gets its turn only
-// after the last task finds nothing to do, touches nothing, and cannot hold anyone up.
-struct Work {
-  int64_t count, threads;
-  qjax_task task;
-  void* arg;
-  std::atomic<int64_t> next{0}, done{0};
-  std::mutex mutex;
-  std::condition_variable finished;
+int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
-  Work(int64_t count, int64_t threads, qjax_task task, void* arg)
-      : count(count), threads(threads), task(task), arg(arg) {}
-
-  // Long runs of neighbours first, which memory likes, shorter ones towards the end, so that all end together.
-  void Drain() {
-    for (int64_t first = next.load();;) {
-      const int64_t run = std::max<int64_t>(1, (count - first) / (2 * threads));
-      if (first >= count) return;
-      if (!next.compare_exchange_weak(first, first + run)) continue;
-      for (int64_t i = first; i < first + run; ++i) task(arg, i);
-      if (done.fetch_add(run) + run == count) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_all();
-      }
-      first = next.load();
-    }
-  }
+// What a call's tasks need beside themselves: where their threads come from, and what will be read after them.
+struct Context {
+  ffi::ThreadPool& pool;
+  std::shared_ptr<const Starts> ahead;
 };
-
-// The newest work, for helpers that are still awake. To wake a thread takes as long as a small product, and a decode
-// step is a chain of them: a helper that has finished looks out for the next one for a moment before it goes back to
-// XLA's pool.
-class Awake {
- public:
-  void Offer(std::shared_ptr<Work> work) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    newest_ = std::move(work);
-    number_.fetch_add(1);
-  }
-  int64_t helpers() const { return helpers_.load(); }
-
-  // What a helper does: `work`, and what is offered soon after.
-  void Help(std::shared_ptr<Work> work) {
-    uint64_t seen = number_.load();
-    helpers_.fetch_add(1);
-    work->Drain();
-    auto until = std::chrono::steady_clock::now() + kPatience;
-    for (int spin = 1;; ++spin) {
-      if (number_.load(std::memory_order_acquire) != seen) {
-        {
-          const std::lock_guard<std::mutex> lock(mutex_);
-          seen = number_.load();
-          work = newest_;
-        }
-        work->Drain();
-        until = std::chrono::steady_clock::now() + kPatience;
-      }
-      Pause();
-      if (spin % 64 != 0) continue;
-      // Whoever else wants this core may have it.
-      std::this_thread::yield();
-      if (std::chrono::steady_clock::now() > until) break;
-    }
-    helpers_.fetch_sub(1);
-  }
-
-  static void Pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-  }
-
- private:
-  static constexpr std::chrono::microseconds kPatience{200};
-  std::mutex mutex_;
-  std::shared_ptr<Work> newest_;
-  std::atomic<uint64_t> number_{0};
-  std::atomic<int64_t> helpers_{0};
-};
-
-// Never destroyed: a helper may outlive the program's last statement.
-Awake& awake() {
-  static auto* const one = new Awake;
-  return *one;
-}
 
 void Parallel(void* context, int64_t count, qjax_task task, void* arg) {
-  auto& pool = *static_cast<ffi::ThreadPool*>(context);
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), helpers = std::min(threads, count) - 1;
-  const auto work = std::make_shared<Work>(count, threads, task, arg);
-  if (helpers > 0) {
-    awake().Offer(work);
-    for (int64_t i = awake().helpers(); i < helpers; ++i) pool.Schedule([work] { awake().Help(work); });
-  }
-  work->Drain();
-  // The last task of another thread ends soon, as a rule: sleeping and waking would take longer.
-  for (int spin = 0; spin < 20000 && work->done.load(std::memory_order_acquire) < count; ++spin) Awake::Pause();
-  if (work->done.load() == count) return;
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done.load() == count; });
+  auto& [pool, ahead] = *static_cast<Context*>(context);
+  RunTogether(std::make_shared<Work>(count, Threads(pool), task, arg, ahead),
+              [&](const std::shared_ptr<Work>& work) { pool.Schedule([work] { team().Help(work); }); });
 }
 
 ffi::Error Finished(int code) {
@@ -191,8 +102,19 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     products[i] = (*product)->typed_data();
   }
   if (next != leaves.size()) return ffi::Error::InvalidArgument("qjax: more leaves than the weights have");
-  return Finished(qjax_matmul(weights.data(), static_cast<int64_t>(count), x.typed_data(), x.dimensions()[0],
-                              products.data(), int8, static_cast<int>(isa), Parallel, &pool));
+  const int64_t m = x.dimensions()[0], threads = Threads(pool);
+  Context context{pool, nullptr};
+  if (threads > 1 && qjax_reads_once(static_cast<int>(isa), m)) {
+    context.ahead = team().Next(weights[0].plane[0], [&] {
+      Starts starts(threads);
+      for (int64_t t = 0; t < threads; ++t) {
+        starts[t].nbytes = qjax_start(weights.data(), static_cast<int64_t>(count), t, threads, &starts[t].at);
+      }
+      return starts;
+    });
+  }
+  return Finished(qjax_matmul(weights.data(), static_cast<int64_t>(count), x.typed_data(), m, products.data(), int8,
+                              static_cast<int>(isa), Parallel, &context));
 }
 
 ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y,
@@ -202,9 +124,10 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
       w.dimensions()[1] != x.dimensions()[1]) {
     return ffi::Error::InvalidArgument("qjax: expected a matrix of 16-bit floats with x's columns");
   }
+  Context context{pool, nullptr};
   return Finished(qjax_matmul_dense(static_cast<const uint16_t*>(w.untyped_data()), w.dimensions()[0],
                                     w.dimensions()[1], bf16, x.typed_data(), x.dimensions()[0], y->typed_data(),
-                                    static_cast<int>(isa), Parallel, &pool));
+                                    static_cast<int>(isa), Parallel, &context));
 }
 
 ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -221,7 +144,54 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
                                  out->typed_data(),  qs[0],            qs[1],            qs[2],
                                  ks[1],              ks[2],            qs[3],            window,
                                  kind};
-  return Finished(qjax_attention(&args, static_cast<int>(isa), Parallel, &pool));
+  Context context{pool, nullptr};
+  return Finished(qjax_attention(&args, static_cast<int>(isa), Parallel, &context));
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+
+// Rows and numbers of a row of [..., n].
+struct Rows {
+  int64_t count, n;
+};
+template <typename Buffer>
+Rows RowsOf(const Buffer& x) {
+  const auto sizes = x.dimensions();
+  const int64_t n = sizes.size() == 0 ? 1 : sizes[sizes.size() - 1];
+  return {n == 0 ? 0 : static_cast<int64_t>(x.element_count()) / n, n};
+}
+
+ffi::Error RmsNorm(ffi::ThreadPool pool, Floats x, Floats weight, ffi::ResultBuffer<ffi::F32> y, float eps, int64_t isa) {
+  const auto [rows, n] = RowsOf(x);
+  if (static_cast<int64_t>(weight.element_count()) != n || y->element_count() != x.element_count()) {
+    return ffi::Error::InvalidArgument("qjax: expected x [..., n] and a weight [n]");
+  }
+  Context context{pool, nullptr};
+  return Finished(qjax_rms_norm(x.typed_data(), weight.typed_data(), eps, rows, n, y->typed_data(),
+                                static_cast<int>(isa), Parallel, &context));
+}
+
+ffi::Error SwiGlu(ffi::ThreadPool pool, Floats gate, Floats up, ffi::ResultBuffer<ffi::F32> y, int64_t isa) {
+  const auto [rows, n] = RowsOf(gate);
+  if (up.element_count() != gate.element_count() || y->element_count() != gate.element_count()) {
+    return ffi::Error::InvalidArgument("qjax: expected gate and up of one shape");
+  }
+  Context context{pool, nullptr};
+  return Finished(qjax_swiglu(gate.typed_data(), up.typed_data(), rows, n, y->typed_data(), static_cast<int>(isa),
+                              Parallel, &context));
+}
+
+ffi::Error Rope(ffi::ThreadPool pool, Floats x, Floats cosine, Floats sine, ffi::ResultBuffer<ffi::F32> y,
+                bool interleaved, int64_t isa) {
+  const auto sizes = x.dimensions();
+  const auto [tokens, half] = RowsOf(cosine);
+  if (sizes.size() != 4 || sizes[0] * sizes[1] != tokens || sine.element_count() != cosine.element_count() ||
+      y->element_count() != x.element_count()) {
+    return ffi::Error::InvalidArgument("qjax: expected x [batch, seq, heads, dim], angles [batch, seq, half]");
+  }
+  Context context{pool, nullptr};
+  return Finished(qjax_rope(x.typed_data(), cosine.typed_data(), sine.typed_data(), tokens, sizes[2], sizes[3], half,
+                            interleaved, y->typed_data(), static_cast<int>(isa), Parallel, &context));
 }
 
 }  // namespace
@@ -264,4 +234,31 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_dense_ffi, Dense,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_rms_norm_ffi, RmsNorm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<float>("eps")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_swiglu_ffi, SwiGlu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_rope_ffi, Rope,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<bool>("interleaved")
                                   .Attr<int64_t>("isa"));

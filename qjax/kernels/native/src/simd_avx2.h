@@ -28,6 +28,7 @@ inline void Store(float* p, F v) {
 }
 inline F Add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F Mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F Div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F Fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F FromInt(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I SetInt(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -103,14 +104,15 @@ inline __m128i Load128(const void* p) { return _mm_loadu_si128(static_cast<const
 inline F LoadHalf(const uint16_t* p) { return {_mm256_cvtph_ps(Load128(p)), _mm256_cvtph_ps(Load128(p + 8))}; }
 inline __m256 Bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
 inline F LoadBf16(const uint16_t* p) { return {Bf16(Load128(p)), Bf16(Load128(p + 8))}; }
-inline F LoadBytes(const uint8_t* p) {
-  const __m128i v = Load128(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
+// One byte a lane.
+template <bool kSigned>
+inline I LoadInts(const uint8_t* p) {
+  const __m128i v = Load128(p), w = _mm_srli_si128(v, 8);
+  if constexpr (kSigned) return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(w)};
+  return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(w)};
 }
-inline F LoadSigned(const uint8_t* p) {
-  const __m128i v = Load128(p);
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
-}
+inline I MulInt(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I AddInt(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
 inline uint32_t LargestBits(const float* x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);

@@ -16,6 +16,7 @@ inline F Load(const float* p) { return _mm512_loadu_ps(p); }
 inline void Store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F Div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F FromInt(I a) { return _mm512_cvtepi32_ps(a); }
 inline I SetInt(int32_t v) { return _mm512_set1_epi32(v); }
@@ -56,12 +57,14 @@ inline F LoadBf16(const uint16_t* p) {
   const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-inline F LoadBytes(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+// One byte a lane.
+template <bool kSigned>
+inline I LoadInts(const uint8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return kSigned ? _mm512_cvtepi8_epi32(v) : _mm512_cvtepu8_epi32(v);
 }
-inline F LoadSigned(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
+inline I MulInt(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I AddInt(I a, I b) { return _mm512_add_epi32(a, b); }
 
 // The largest bits of |x| of 32 floats: of a number that is not finite they are 0x7f800000 or more.
 inline uint32_t LargestBits(const float* x) {

@@ -23,6 +23,7 @@ inline F Load(const float* p) { return LoadAs<F>(p); }
 inline void Store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 inline F Add(F a, F b) { return a + b; }
 inline F Mul(F a, F b) { return a * b; }
+inline F Div(F a, F b) { return a / b; }
 inline F Fma(F a, F b, F c) { return a * b + c; }
 inline F FromInt(I a) { return __builtin_convertvector(a, F); }
 inline I SetInt(int32_t v) { return I{} + v; }
@@ -94,16 +95,15 @@ inline F LoadBf16(const uint16_t* p) {
   }
   return Load(out);
 }
-inline F LoadBytes(const uint8_t* p) {
-  F v;
-  for (int i = 0; i < 16; ++i) v[i] = static_cast<float>(p[i]);
+// One byte a lane.
+template <bool kSigned>
+inline I LoadInts(const uint8_t* p) {
+  I v;
+  for (int i = 0; i < 16; ++i) v[i] = kSigned ? static_cast<int8_t>(p[i]) : p[i];
   return v;
 }
-inline F LoadSigned(const uint8_t* p) {
-  F v;
-  for (int i = 0; i < 16; ++i) v[i] = static_cast<float>(static_cast<int8_t>(p[i]));
-  return v;
-}
+inline I MulInt(I a, I b) { return a * b; }
+inline I AddInt(I a, I b) { return a + b; }
 
 inline uint32_t LargestBits(const float* x) {
   uint32_t most = 0;

@@ -34,6 +34,7 @@ inline void Store(float* p, F x) {
 }
 inline F Add(F x, F y) { return Each<F>([&](int i) { return vaddq_f32(x.v[i], y.v[i]); }); }
 inline F Mul(F x, F y) { return Each<F>([&](int i) { return vmulq_f32(x.v[i], y.v[i]); }); }
+inline F Div(F x, F y) { return Each<F>([&](int i) { return vdivq_f32(x.v[i], y.v[i]); }); }
 inline F Fma(F x, F y, F z) { return Each<F>([&](int i) { return vfmaq_f32(z.v[i], x.v[i], y.v[i]); }); }
 inline F FromInt(I x) { return Each<F>([&](int i) { return vcvtq_f32_s32(x.v[i]); }); }
 inline I SetInt(int32_t x) { return Each<I>([&](int) { return vdupq_n_s32(x); }); }
@@ -91,16 +92,23 @@ inline F LoadHalf(const uint16_t* p) {
 inline F LoadBf16(const uint16_t* p) {
   return Each<F>([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
-inline F LoadBytes(const uint8_t* p) {
-  float out[16];
-  for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(p[i]);
-  return Load(out);
+// One byte a lane.
+template <bool kSigned>
+inline I LoadInts(const uint8_t* p) {
+  int16x8_t low, high;
+  if constexpr (kSigned) {
+    const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(p));
+    low = vmovl_s8(vget_low_s8(v));
+    high = vmovl_high_s8(v);
+  } else {
+    const uint8x16_t v = vld1q_u8(p);
+    low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(v)));
+    high = vreinterpretq_s16_u16(vmovl_high_u8(v));
+  }
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
 }
-inline F LoadSigned(const uint8_t* p) {
-  float out[16];
-  for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(static_cast<int8_t>(p[i]));
-  return Load(out);
-}
+inline I MulInt(I x, I y) { return Each<I>([&](int i) { return vmulq_s32(x.v[i], y.v[i]); }); }
+inline I AddInt(I x, I y) { return Each<I>([&](int i) { return vaddq_s32(x.v[i], y.v[i]); }); }
 
 inline uint32_t LargestBits(const float* x) {
   uint32x4_t most = vdupq_n_u32(0);

@@ -4,15 +4,14 @@
 // is unpacked into a panel that stays in cache and serves all rows. A tile's sums are made by one thread, in an order
 // that neither the number of threads nor that of rows changes.
 
-#include "core.h"
-
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
 
-#include "kernels.h"
+#include "core.h"
+#include "run.h"
 
 namespace qjax {
 namespace {
@@ -23,9 +22,7 @@ constexpr int64_t kFusedSteps = 32;    // unpacked in registers
 constexpr int64_t kPanelSteps = 16;    // to 8-bit codes: 8 KiB a tile
 constexpr int64_t kFloatSteps = 8;     // to floats: 16 KiB a tile
 constexpr int64_t kMostParts = 2 * kFusedSteps;
-constexpr int64_t kTaskBytes = 1 << 16;
 
-int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t Tiles(const qjax_weight& w) { return Ceil(w.rows, kLanes); }
 int64_t Steps(const qjax_weight& w) { return Ceil(w.columns, kStep); }
 bool Halves(const qjax_weight& w) { return w.group_size == 16; }
@@ -72,28 +69,6 @@ int Bias(const qjax_weight& w) { return Wide(FormOf(w)) ? 128 : w.offset; }
 bool HasMinimum(const qjax_weight& w, bool int8) {
   return w.minimum != nullptr || w.zero != nullptr || (!int8 && Bias(w) != Offset(w));
 }
-
-// Memory of one thread, kept for its next task.
-class Scratch {
- public:
-  ~Scratch() { free(memory_); }
-  // `count` floats, or nullptr.
-  float* Floats(int64_t count) {
-    const size_t size = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-    if (size > size_) {
-      free(memory_);
-      memory_ = aligned_alloc(64, size);
-      size_ = memory_ == nullptr ? 0 : size;
-    }
-    return static_cast<float*>(memory_);
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
-
-thread_local Scratch scratch;
 
 // One block of memory, cut up.
 class Block {
@@ -186,8 +161,11 @@ struct Job {
   float* sums = nullptr;
   uint8_t table[16];
 
+  // Scales of a step.
+  int64_t Each() const { return halves ? 2 : 1; }
+
   void Fit(const Inputs& in) {
-    const int64_t each = halves ? 2 : 1;
+    const int64_t each = Each();
     // A panel holds bytes, whatever the codes were.
     const int32_t by = (Wide(form) || !in.fused ? in.table->wide_bias : 0) - Offset(*w);
     for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
@@ -205,7 +183,7 @@ struct Job {
   }
 
   Rows ChunkAt(const Inputs& in, int64_t chunk, int64_t step) const {
-    const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first, each = halves ? 2 : 1;
+    const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first, each = Each();
     const int64_t at = first * steps + step * rows;
     Rows out{static_cast<int>(rows), nullptr, nullptr, nullptr, nullptr, nullptr};
     if (in.int8) {
@@ -229,7 +207,7 @@ struct Job {
 
   // Scales of `n` steps of a tile from `step` on, one a step or half step.
   void Scales(const Inputs& in, int64_t tile, int64_t step, int64_t n, float* scale, float* low) const {
-    const int64_t groups = Groups(*w), each = halves ? 2 : 1;
+    const int64_t groups = Groups(*w), each = Each();
     if (w->group_size <= kStep) {
       in.table->scales(*w, groups, tile, step * each, n * each, scale, minimum ? low : nullptr);
     } else {
@@ -252,32 +230,73 @@ struct Job {
     for (int64_t r = 0; r < rows; ++r) memcpy(y + r * w->rows + tile * kLanes, sums + r * kLanes, lanes * sizeof(float));
   }
 
-  bool Few(const Inputs& in, int64_t begin, int64_t end) const {
+  // Scales of a stretch of a tile, in one of the ways that products read them.
+  struct Stretch {
     alignas(64) float scale[kMostParts * kLanes], low[kMostParts * kLanes];
-    const auto& products = in.int8 ? in.table->int8_product : in.table->float_product;
+    alignas(64) uint8_t sub[kMostParts * kLanes], sub_low[kMostParts * kLanes];
+    const uint16_t *raw, *raw_low;
+  };
+
+  ScaleForm FormOfScales(const Inputs& in) const {
+    if (in.int8 && SubBytes(w->scale_kind)) return halves ? kSubEachHalfStep : kSubEachStep;
+    return halves ? kEachHalfStep : kEachStep;
+  }
+
+  void Read(const Inputs& in, int64_t tile, int64_t step, int64_t n, Stretch* to) const {
+    if (!in.int8 || !SubBytes(w->scale_kind)) {
+      Scales(in, tile, step, n, to->scale, to->low);
+      return;
+    }
+    const int64_t each = halves ? 2 : 1, block = (tile * steps + step) * kStep / kSuperBlock * kLanes;
+    in.table->sub_scales(*w, Groups(*w), tile, step * each, n * each, to->sub, to->sub_low);
+    to->raw = static_cast<const uint16_t*>(w->scale) + block;
+    to->raw_low = minimum ? static_cast<const uint16_t*>(w->minimum) + block : nullptr;
+  }
+
+  void Multiply(const Inputs& in, CodeForm as, const Codes& codes, int64_t n, const Rows& rows, const Stretch& read,
+                float* sums) const {
+    const int64_t each = Each();
+    const auto& products = in.int8 ? in.table->int8_product[as] : in.table->float_product[as];
+    products[FormOfScales(in)][rows.rows - 1](codes, n, rows, {read.scale, read.raw, read.sub, 0}, Bias(*w), sums);
+    if (!minimum) return;
+    if (in.int8 && SubBytes(w->scale_kind)) {
+      const int64_t blocks = n * kStep / kSuperBlock;
+      in.table->sub_minimum[rows.rows - 1](blocks, static_cast<int>(n * each / blocks), rows, read.raw_low, read.sub_low, sums);
+    } else {
+      in.table->minimum[rows.rows - 1](n * each, rows, read.low, sums);
+    }
+  }
+
+  void Few(const Inputs& in, int64_t begin, int64_t end) const {
+    Stretch read;
+    // Where nothing else hangs on the scales, the product reads them as they are.
+    const bool raw = in.int8 && !minimum && w->scale_kind == QJAX_F16 && w->group_size % kStep == 0;
+    const int64_t shared = w->group_size / kStep, groups = Groups(*w);
     for (int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float sums[kMostRows * kLanes] = {};
-      for (int64_t step = 0; step < steps; step += kFusedSteps) {
+      if (raw) {
+        const auto* own = static_cast<const uint16_t*>(w->scale) + tile * groups * kLanes;
+        in.table->int8_product[form][kRaw][in.m - 1](CodesAt(tile, 0), steps, ChunkAt(in, 0, 0),
+                                                     {nullptr, own, nullptr, shared}, 0, sums);
+      }
+      for (int64_t step = 0; !raw && step < steps; step += kFusedSteps) {
         const int64_t n = std::min(kFusedSteps, steps - step);
-        const Rows rows = ChunkAt(in, 0, step);
-        Scales(in, tile, step, n, scale, low);
-        products[form][halves][rows.rows - 1](CodesAt(tile, step), n, rows, scale, Bias(*w), sums);
-        if (minimum) in.table->minimum[rows.rows - 1](n * (halves ? 2 : 1), rows, low, sums);
+        Read(in, tile, step, n, &read);
+        Multiply(in, form, CodesAt(tile, step), n, ChunkAt(in, 0, step), read, sums);
       }
       Write(tile, in.m, sums);
     }
-    return true;
   }
 
   bool Many(const Inputs& in, int64_t begin, int64_t end) const {
-    const int64_t count = end - begin, each = halves ? 2 : 1;
+    const int64_t count = end - begin, each = Each();
     const int64_t stretch = in.int8 ? kPanelSteps : kFloatSteps;
     const int64_t panel_floats = stretch * kStep * kLanes / (in.int8 ? 4 : 1);
     const int64_t code_floats = in.int8 ? 0 : stretch * kStep * kLanes / 4;
     const int64_t tile_floats = panel_floats + in.m * kLanes;
     float* memory = scratch.Floats(count * tile_floats + code_floats);
     if (memory == nullptr) return false;
-    alignas(64) float scale[kTilesTogether][kMostParts * kLanes], low[kTilesTogether][kMostParts * kLanes];
+    Stretch read[kTilesTogether];
     const auto panel_of = [&](int64_t i) { return memory + i * tile_floats; };
     const auto sums_of = [&](int64_t i) { return memory + i * tile_floats + panel_floats; };
     auto* codes = reinterpret_cast<uint8_t*>(memory + count * tile_floats);
@@ -286,7 +305,7 @@ struct Job {
       const int64_t n = std::min(stretch, steps - step);
       Codes packed[kTilesTogether];
       for (int64_t i = 0; i < count; ++i) {
-        Scales(in, begin + i, step, n, scale[i], low[i]);
+        Read(in, begin + i, step, n, &read[i]);
         packed[i] = CodesAt(begin + i, step);
         auto* bytes = in.int8 ? reinterpret_cast<uint8_t*>(panel_of(i)) : codes;
         if (form != kForm8) {
@@ -294,7 +313,7 @@ struct Job {
           packed[i].plane[0] = bytes;
         }
         if (!in.int8) {
-          in.table->dequantize(packed[i].plane[0], n, scale[i], minimum ? low[i] : nullptr, Bias(*w), halves,
+          in.table->dequantize(packed[i].plane[0], n, read[i].scale, minimum ? read[i].low : nullptr, Bias(*w), halves,
                                panel_of(i));
         }
       }
@@ -303,8 +322,7 @@ struct Job {
         for (int64_t i = 0; i < count; ++i) {
           float* sums = sums_of(i) + in.First(chunk) * kLanes;
           if (in.int8) {
-            in.table->int8_product[kForm8][halves][rows.rows - 1](packed[i], n, rows, scale[i], 0, sums);
-            if (minimum) in.table->minimum[rows.rows - 1](n * each, rows, low[i], sums);
+            Multiply(in, kForm8, packed[i], n, rows, read[i], sums);
           } else {
             in.table->panel_product[rows.rows - 1](panel_of(i), n * kStep, rows, sums);
           }
@@ -316,37 +334,14 @@ struct Job {
   }
 };
 
-const KernelTable* TableOf(int isa) {
-  if (!qjax_has_isa(isa)) return nullptr;
-  switch (isa) {
-    case QJAX_GENERIC:
-      return GenericKernels();
-    case QJAX_AVX2:
-      return Avx2Kernels();
-    case QJAX_AVX_VNNI:
-      return AvxVnniKernels();
-    case QJAX_AVX512_VNNI:
-      return Avx512Kernels();
-    case QJAX_NEON_DOT:
-      return NeonDotKernels();
-    case QJAX_NEON_I8MM:
-      return NeonI8mmKernels();
-    default:
-      return nullptr;
-  }
-}
-
-void Alone(void*, int64_t count, qjax_task task, void* arg) {
-  for (int64_t i = 0; i < count; ++i) task(arg, i);
-}
-
-// Runs f(i) for i = 0 ... count - 1 through a C callback.
-template <typename F>
-void Run(qjax_parallel parallel, void* context, int64_t count, F f) {
-  (parallel == nullptr ? Alone : parallel)(context, count, [](void* arg, int64_t i) { (*static_cast<F*>(arg))(i); }, &f);
-}
-
 constexpr int64_t kMostWeights = 8;
+
+// Tiles of a task of few rows of x.
+int64_t TilesTogether(const qjax_weight& w) {
+  int64_t tile_bytes = 0;
+  for (int p = 0; p < w.plane_count; ++p) tile_bytes += Steps(w) * 64 * w.width[p];
+  return std::max<int64_t>(1, kTaskBytes / tile_bytes);
+}
 
 }  // namespace
 }  // namespace qjax
@@ -401,7 +396,9 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
   if (m == 0) return 0;
 
   Inputs in{table, x, m, w[0].columns, Steps(w[0]), 0, int8 != 0, m <= table->fused_rows};
-  in.chunks = Ceil(m, in.fused ? table->fused_rows : table->rows);
+  bool any_halves = false;
+  for (int64_t i = 0; i < count; ++i) any_halves = any_halves || Halves(w[i]);
+  in.chunks = Ceil(m, in.fused ? table->fused_rows : any_halves ? table->half_step_rows : table->rows);
   Block block;
   if (in.int8) {
     block.Reserve(&in.q, m * in.steps * kStep);
@@ -428,9 +425,7 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
     job.steps = in.steps;
     job.tiles = Tiles(w[i]);
     for (int v = 0; v < 16; ++v) job.table[v] = static_cast<uint8_t>(w[i].table[v] + 128);
-    int64_t tile_bytes = 0;
-    for (int p = 0; p < w[i].plane_count; ++p) tile_bytes += in.steps * 64 * w[i].width[p];
-    job.tiles_a_task = in.fused ? std::max<int64_t>(1, kTaskBytes / tile_bytes) : kTilesTogether;
+    job.tiles_a_task = in.fused ? TilesTogether(w[i]) : kTilesTogether;
     job.first_task = tasks;
     tasks += Ceil(job.tiles, job.tiles_a_task);
     const int64_t parts = m * Parts(w[i]);
@@ -445,47 +440,31 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
     while (jobs[i].first_task > task) --i;
     const int64_t begin = (task - jobs[i].first_task) * jobs[i].tiles_a_task;
     const int64_t end = std::min(jobs[i].tiles, begin + jobs[i].tiles_a_task);
-    if (!(in.fused ? jobs[i].Few(in, begin, end) : jobs[i].Many(in, begin, end))) failed = true;
+    if (in.fused) {
+      jobs[i].Few(in, begin, end);
+    } else if (!jobs[i].Many(in, begin, end)) {
+      failed = true;
+    }
   };
   Run(parallel, context, tasks, work);
   return failed ? 2 : 0;
 }
 
-extern "C" int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns, int bf16, const float* x, int64_t m,
-                                 float* y, int isa, qjax_parallel parallel, void* context) {
+extern "C" int qjax_reads_once(int isa, int64_t m) {
   const KernelTable* table = TableOf(isa);
-  if (table == nullptr || rows < 1 || columns < 1) return 1;
-  const int64_t each = std::max<int64_t>(1, kTaskBytes / (2 * columns));
-  const auto work = [&](int64_t task) {
-    for (int64_t n = task * each; n < std::min(rows, (task + 1) * each); ++n) {
-      table->dense(w + n * columns, columns, bf16, x, m, y + n, rows);
-    }
-  };
-  Run(parallel, context, Ceil(rows, each), work);
-  return 0;
+  return table != nullptr && m <= table->fused_rows;
 }
 
-extern "C" int qjax_attention(const qjax_attention_args* args, int isa, qjax_parallel parallel, void* context) {
-  const KernelTable* table = TableOf(isa);
-  const qjax_attention_args& a = *args;
-  if (table == nullptr || a.dim < kLanes || a.dim % kLanes != 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0 ||
-      a.slots < 1 || a.kind < QJAX_KIND_F16 || a.kind > QJAX_KIND_F32) {
-    return 1;
+extern "C" int64_t qjax_start(const qjax_weight* w, int64_t count, int64_t part, int64_t parts, const uint8_t** at) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; ++i) tasks += Ceil(Tiles(w[i]), TilesTogether(w[i]));
+  int64_t task = tasks * part / parts, i = 0;
+  for (; i + 1 < count; ++i) {
+    const int64_t own = Ceil(Tiles(w[i]), TilesTogether(w[i]));
+    if (task < own) break;
+    task -= own;
   }
-  // About 64 rows of queries share the keys and values that are made ready for them.
-  const int64_t group = a.heads / a.kv_heads, each = std::max<int64_t>(1, 64 / group), blocks = Ceil(a.seq, each);
-  std::atomic<bool> failed{false};
-  const auto work = [&](int64_t task) {
-    // The longest first, for an even end.
-    const int64_t block = blocks - 1 - task / (a.batch * a.kv_heads), head = task % (a.batch * a.kv_heads);
-    const int64_t begin = block * each, end = std::min(a.seq, begin + each);
-    float* memory = scratch.Floats(AttentionFloats(end - begin, group, a.dim));
-    if (memory == nullptr) {
-      failed = true;
-      return;
-    }
-    table->attention(a, head / a.kv_heads, head % a.kv_heads, begin, end, memory);
-  };
-  Run(parallel, context, a.batch * a.kv_heads * blocks, work);
-  return failed ? 2 : 0;
+  const int64_t before = task * TilesTogether(w[i]) * Steps(w[i]) * 64 * w[i].width[0];
+  *at = w[i].plane[0] + before;
+  return qjax_plane_bytes(&w[i], 0) - before;
 }
