@@ -234,6 +234,25 @@ struct Check {
     Compare(c, "", out[0], out[1], As<double>(c.blobs[4]), As<double>(c.blobs[5]));
   }
 
+  // numbers: rows, n; of a rotation tokens, heads, dim, half, interleaved. blobs: what goes in, expected, size.
+  void Elementwise(const Case& c) {
+    const auto& n = c.numbers;
+    const size_t in = c.blobs.size() - 2;
+    std::vector<float> y[2];
+    for (int shared = 0; shared < 2; ++shared) {
+      y[shared].assign(c.blobs[0].size() / sizeof(float), 1e30f);
+      const float *x = As<float>(c.blobs[0]), *other = As<float>(c.blobs[1]);
+      float* to = y[shared].data();
+      const qjax_parallel threads = shared ? Threads : nullptr;
+      const int code = c.kind == 4   ? qjax_rms_norm(x, other, 1e-5f, n[0], n[1], to, isa, threads, pool)
+                       : c.kind == 5 ? qjax_swiglu(x, other, n[0], n[1], to, isa, threads, pool)
+                                     : qjax_rope(x, other, As<float>(c.blobs[2]), n[0], n[1], n[2], n[3],
+                                                 static_cast<int>(n[4]), to, isa, threads, pool);
+      if (code != 0) return Fail(c, "code " + std::to_string(code));
+    }
+    Compare(c, "", y[0], y[1], As<double>(c.blobs[in]), As<double>(c.blobs[in + 1]));
+  }
+
   // numbers: rows, columns, width, stride, flip. blobs: rows side by side, lanes.
   void ToLanes(const Case& c) {
     const auto& n = c.numbers;
@@ -257,8 +276,10 @@ struct Check {
         return Dense(c);
       case 2:
         return Attention(c);
-      default:
+      case 3:
         return ToLanes(c);
+      default:
+        return Elementwise(c);
     }
   }
 };

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-MATMUL, DENSE, ATTENTION, TO_LANES = range(4)
+MATMUL, DENSE, ATTENTION, TO_LANES, RMS_NORM, SWIGLU, ROPE = range(7)
 F16, F32, E8M0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_XS = range(8)
 SUB_BYTES = {Q2_K: 16, Q3_K: 12, Q4_K: 12, Q6_K: 16, IQ4_XS: 6}
 LANES, STEP, SUPER_BLOCK = 16, 32, 256
@@ -317,6 +317,35 @@ def to_lanes() -> Iterator[Case]:
         yield TO_LANES, name, [rows, columns, width, stride, flip], [data, result]
 
 
+def elementwise() -> Iterator[Case]:
+    # The last of each is enough for several tasks.
+    for seed, (rows, n) in enumerate(((1, 1), (1, 16), (3, 37), (2, 64), (40, 1000))):
+        x, up = activations(rows, n, seed), activations(rows, n, seed + 1)
+        weight = np.random.default_rng(seed).standard_normal(n).astype(np.float32)
+        wide = x.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            normed = wide / np.sqrt((wide**2).mean(1, keepdims=True) + np.float32(1e-5)) * weight
+            yield RMS_NORM, f"rms_norm rows={rows} n={n}", [rows, n], [x, weight, normed, np.abs(normed)]
+            gate, factor = (np.where(np.isfinite(a), a, np.nan).astype(np.float64) for a in (x, up))
+            gated = gate / (1 + np.exp(-gate)) * factor
+            size = np.abs(gated) + 1e-30 * np.abs(gate * factor)
+        yield SWIGLU, f"swiglu rows={rows} n={n}", [rows, n], [x, up, gated, size]
+    shapes = ((1, 1, 2, 1), (3, 5, 24, 8), (1, 4, 64, 32), (40, 12, 80, 40), (2, 2, 16, 0))
+    for seed, ((tokens, heads, dim, half), interleaved) in enumerate(itertools.product(shapes, (0, 1))):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((tokens, heads, dim)).astype(np.float32)
+        angles = rng.uniform(0, 600, (tokens, half))
+        cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        first = np.arange(half) * (2 if interleaved else 1)
+        second = first + (1 if interleaved else half)
+        turned, size = x.astype(np.float64), np.abs(x).astype(np.float64)
+        a, b, c, s = x[..., first], x[..., second], cosine[:, None].astype(np.float64), sine[:, None].astype(np.float64)
+        turned[..., first], turned[..., second] = a * c - b * s, a * s + b * c
+        size[..., first] = size[..., second] = np.abs(a) + np.abs(b)
+        name = f"rope tokens={tokens} heads={heads} dim={dim} half={half} interleaved={interleaved}"
+        yield ROPE, name, [tokens, heads, dim, half, interleaved], [x, cosine, sine, turned, size]
+
+
 def write(path: Path) -> None:
     with path.open("wb") as file:
 
@@ -324,7 +353,7 @@ def write(path: Path) -> None:
             file.write(np.int64(n).tobytes())
 
         file.write(b"QJAXCASE")
-        for kind, name, numbers, blobs in itertools.chain(matmuls(), denses(), attentions(), to_lanes()):
+        for kind, name, numbers, blobs in itertools.chain(matmuls(), denses(), attentions(), to_lanes(), elementwise()):
             number(kind)
             number(len(name.encode()))
             file.write(name.encode())

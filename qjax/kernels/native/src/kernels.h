@@ -29,7 +29,7 @@ struct Rows {
   const float* x;        // [steps, 32, rows], for float activations
   const float* scale;    // [steps, rows]: x ~ scale * q
   const int32_t* start;  // [steps or 2 steps, rows]: what each integer sum starts from
-  const float* sums;     // [steps or 2 steps, rows]: sums of x over the columns of a step, or half a step
+  const float* sums;     // [steps or 2 steps, rows]: sums of x over the columns of a step, half a step (or a scale)
 };
 
 // How a product reads its scales.
@@ -37,6 +37,7 @@ enum ScaleForm {
   kEachStep,         // float32 [steps, 16]
   kEachHalfStep,     // float32 [2 steps, 16]
   kRaw,              // the weight's own float16, one for every `steps` steps
+  kRawZero,          // the same with the weight's own zeros; x's sums are over the columns of a scale then
   kSubEachStep,      // the weight's own float16, one a super-block; int8 [steps, 16]
   kSubEachHalfStep,  // the same with int8 [2 steps, 16]
   kScaleForms
@@ -44,7 +45,7 @@ enum ScaleForm {
 struct ScalesAt {
   const float* floats;
   const uint16_t* raw;
-  const uint8_t* sub;
+  const uint8_t *sub, *zero;
   int64_t steps;
 };
 

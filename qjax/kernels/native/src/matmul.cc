@@ -156,6 +156,7 @@ struct Job {
   float* y;
   CodeForm form;
   bool halves, minimum;
+  bool raw;  // where nothing else hangs on the scales, the product reads them as they are
   int64_t steps, tiles, tiles_a_task, first_task;
   int32_t* start = nullptr;
   float* sums = nullptr;
@@ -167,6 +168,7 @@ struct Job {
   void Fit(const Inputs& in) {
     const int64_t each = Each();
     // A panel holds bytes, whatever the codes were.
+    if (raw && minimum) SumGroups(in);
     const int32_t by = (Wide(form) || !in.fused ? in.table->wide_bias : 0) - Offset(*w);
     for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
       const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first;
@@ -176,9 +178,18 @@ struct Job {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t to = first * steps * each + i * rows + r, at = (halves ? i : 2 * i) * rows + r;
           if (in.int8) start[to] = by * (halves ? whole[at] : whole[at] + whole[at + rows]);
-          if (minimum) sums[to] = halves ? half[at] : half[at] + half[at + rows];
+          if (minimum && !raw) sums[to] = halves ? half[at] : half[at] + half[at + rows];
         }
       }
+    }
+  }
+
+  // Of the only chunk, sums of x over the columns of each scale.
+  void SumGroups(const Inputs& in) const {
+    const int64_t shared = w->group_size / kStep;
+    memset(sums, 0, Groups(*w) * in.m * sizeof(float));
+    for (int64_t i = 0; i < 2 * steps; ++i) {
+      for (int64_t r = 0; r < in.m; ++r) sums[i / 2 / shared * in.m + r] += in.half_sums[i * in.m + r];
     }
   }
 
@@ -257,7 +268,7 @@ struct Job {
                 float* sums) const {
     const int64_t each = Each();
     const auto& products = in.int8 ? in.table->int8_product[as] : in.table->float_product[as];
-    products[FormOfScales(in)][rows.rows - 1](codes, n, rows, {read.scale, read.raw, read.sub, 0}, Bias(*w), sums);
+    products[FormOfScales(in)][rows.rows - 1](codes, n, rows, {read.scale, read.raw, read.sub, nullptr, 0}, Bias(*w), sums);
     if (!minimum) return;
     if (in.int8 && SubBytes(w->scale_kind)) {
       const int64_t blocks = n * kStep / kSuperBlock;
@@ -269,15 +280,15 @@ struct Job {
 
   void Few(const Inputs& in, int64_t begin, int64_t end) const {
     Stretch read;
-    // Where nothing else hangs on the scales, the product reads them as they are.
-    const bool raw = in.int8 && !minimum && w->scale_kind == QJAX_F16 && w->group_size % kStep == 0;
-    const int64_t shared = w->group_size / kStep, groups = Groups(*w);
+    const int64_t groups = Groups(*w);
     for (int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float sums[kMostRows * kLanes] = {};
       if (raw) {
-        const auto* own = static_cast<const uint16_t*>(w->scale) + tile * groups * kLanes;
-        in.table->int8_product[form][kRaw][in.m - 1](CodesAt(tile, 0), steps, ChunkAt(in, 0, 0),
-                                                     {nullptr, own, nullptr, shared}, 0, sums);
+        const int64_t at = tile * groups * kLanes;
+        const ScalesAt scales{nullptr, static_cast<const uint16_t*>(w->scale) + at, nullptr,
+                              w->zero == nullptr ? nullptr : w->zero + at, w->group_size / kStep};
+        const auto product = in.table->int8_product[form][w->zero == nullptr ? kRaw : kRawZero][in.m - 1];
+        product(CodesAt(tile, 0), steps, ChunkAt(in, 0, 0), scales, 0, sums);
       }
       for (int64_t step = 0; !raw && step < steps; step += kFusedSteps) {
         const int64_t n = std::min(kFusedSteps, steps - step);
@@ -422,6 +433,7 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
     job.form = FormOf(w[i]);
     job.halves = Halves(w[i]);
     job.minimum = HasMinimum(w[i], in.int8);
+    job.raw = in.fused && in.int8 && w[i].minimum == nullptr && w[i].scale_kind == QJAX_F16 && w[i].group_size % kStep == 0;
     job.steps = in.steps;
     job.tiles = Tiles(w[i]);
     for (int v = 0; v < 16; ++v) job.table[v] = static_cast<uint8_t>(w[i].table[v] + 128);
