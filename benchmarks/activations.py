@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vs_llamacpp import Worker, commit, machine, model_file, paired_ratio, table
+from vs_llamacpp import Worker, commit, machine, model_file
+from vs_llamacpp_report import paired_ratio, table
 
 BOTH = ("float", "int8")
 EMBEDDED_TYPES = ("q8_0", "q5_1", "q4_0")

@@ -17,8 +17,12 @@ from qjax.evaluate.shapes import llama
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
+# Scripts import their neighbours, as they may when they are run.
+sys.path.append(str(FOLDER))
+
+
 def script(name: str) -> ModuleType:
-    """A script of the folder as a module; it may import its neighbours, as it may when it is run."""
+    """A script of the folder as a module."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -27,7 +31,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-vs = script("vs_llamacpp")
+vs, shown = script("vs_llamacpp"), script("vs_llamacpp_report")
 
 
 @pytest.fixture
@@ -58,9 +62,9 @@ def result() -> dict[str, Any]:
         "threads": 2,
         "tokens": {"tg": 128, "pp": 512},
         "activations": "float",
-        "touched": {"q4_0": 1e9, vs.INT4: 2e9},
+        "touched": {"q4_0": 1e9, shown.INT4: 2e9},
         "bandwidth": 35e9,
-        "samples": {"q4_0": tests, vs.INT4: {"tg": {"qjax": [30.0, 30.0]}, "pp": {"qjax": [50.0, 60.0]}}},
+        "samples": {"q4_0": tests, shown.INT4: {"tg": {"qjax": [30.0, 30.0]}, "pp": {"qjax": [50.0, 60.0]}}},
     }
 
 
@@ -77,22 +81,22 @@ def test_llama_bench_json_of_two_tests_is_refused() -> None:
 
 def test_paired_ratio_is_the_median_within_rounds() -> None:
     # A machine that was slow in one round was slow to both.
-    assert vs.paired_ratio([2.0, 20.0, 30.0], [1.0, 10.0, 10.0]) == 2.0
+    assert shown.paired_ratio([2.0, 20.0, 30.0], [1.0, 10.0, 10.0]) == 2.0
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        vs.paired_ratio([1.0], [1.0, 2.0])
+        shown.paired_ratio([1.0], [1.0, 2.0])
 
 
 def test_best_flash_goes_by_the_median() -> None:
-    assert vs.best_flash([{"0": 10.0, "1": 9.0}, {"0": 10.0, "1": 9.0}, {"0": 1.0, "1": 99.0}]) == "0"
+    assert shown.best_flash([{"0": 10.0, "1": 9.0}, {"0": 10.0, "1": 9.0}, {"0": 1.0, "1": 99.0}]) == "0"
 
 
 @pytest.mark.parametrize("types", [["a"], ["a", "b"], ["a", "b", "c"]])
 def test_who_goes_first_alternates(types: list[str]) -> None:
     turns = list(vs.schedule(4, types))
-    assert Counter((turn.type, turn.test) for turn in turns) == {(n, t): 4 for n in types for t in vs.TESTS}
+    assert Counter((turn.type, turn.test) for turn in turns) == {(n, t): 4 for n in types for t in shown.TESTS}
     assert [turn.round for turn in turns] == sorted(turn.round for turn in turns)
     for name in types:
-        for test in vs.TESTS:
+        for test in shown.TESTS:
             first = [turn.order[0] for turn in turns if (turn.type, turn.test) == (name, test)]
             assert first in (["qjax", "llama.cpp"] * 2, ["llama.cpp", "qjax"] * 2)
     assert all(sorted(turn.order) == sorted(vs.SIDES) for turn in turns)
@@ -105,7 +109,7 @@ def test_types_take_turns_in_memory_where_they_must() -> None:
 
 
 def test_rows() -> None:
-    decode, prompt = vs.rows_of(result())
+    decode, prompt = shown.rows_of(result())
     assert (decode["type"], decode["test"], decode["flash_attention"]) == ("q4_0", "tg128", True)
     assert decode["llama.cpp"] == 19.0
     assert decode["ratio"] == pytest.approx((15 / 8 + 20 / 30) / 2)
@@ -118,18 +122,18 @@ def test_rows() -> None:
 
 
 def test_the_type_that_the_peer_has_not() -> None:
-    decode, _ = vs.int4_rows(result())
+    decode, _ = shown.int4_rows(result())
     assert decode["against_qjax"] == pytest.approx((30 / 15 + 30 / 20) / 2)
     assert decode["against_llamacpp"] == pytest.approx((30 / 8 + 30 / 30) / 2)
     assert decode["touched"] == 2e9
 
 
 def test_every_type_has_targets() -> None:
-    assert vs.TARGETS["tg"].keys() == vs.TARGETS["pp"].keys()
+    assert shown.TARGETS["tg"].keys() == shown.TARGETS["pp"].keys()
 
 
 def test_report_is_markdown() -> None:
-    text = vs.report(result())
+    text = shown.report(result())
     assert "| q4_0 | tg128 | 17.50 | 19.00 (fa) | 1.27x | 0.92x | 1.30 missed | 1000 | 17.5 | 50 % |" in text
     assert "| int4 g128 | pp512 | 55.00 |" in text
     tables = [block.splitlines() for block in text.split("\n\n")[1:]]
@@ -139,7 +143,7 @@ def test_report_is_markdown() -> None:
 
 
 def test_plot_is_drawn(tmp_path: Path) -> None:
-    vs.plot(result(), tmp_path / "new" / "plot.png")
+    shown.plot(result(), tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

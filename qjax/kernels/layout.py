@@ -12,7 +12,7 @@ from qjax.kernels import native
 
 def lay_out(name: str, array: Any) -> Any:
     """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter."""
-    if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.available():
+    if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.knows(array) and native.available():
         return to_lanes(array, _repack, native.empty)
     return array
 

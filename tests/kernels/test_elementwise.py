@@ -56,9 +56,7 @@ def test_equals_xla(case: Any) -> None:
 def test_gradients_are_those_of_xla(case: Any) -> None:
     ours, arrays, by_xla = case
     wanted = jax.grad(lambda *a: jnp.sum(by_xla(*a) ** 2))(*arrays)
-    np.testing.assert_allclose(
-        jax.grad(lambda *a: jnp.sum(ours(*a) ** 2))(*arrays), wanted, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(jax.grad(lambda *a: jnp.sum(ours(*a) ** 2))(*arrays), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_vmap(case: Any) -> None:
@@ -88,8 +86,9 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 def test_memory_is_taken_over_without_a_copy() -> None:
-    """Small and large arrays, some in one chunk: aligned, writable, apart from each other, and JAX's own afterwards."""
-    shapes = [((3, 5), np.float16), ((1 << 20,), np.uint8), ((40 << 20,), np.uint8), ((7,), np.float32), ((0, 4), np.uint8)]
+    """Small and large arrays, some in one chunk: aligned, apart from each other, and JAX's own afterwards."""
+    sizes: list[tuple[int, ...]] = [(3, 5), (1 << 20,), (40 << 20,), (7,), (0, 4)]
+    shapes = list(zip(sizes, (np.float16, np.uint8, np.uint8, np.float32, np.uint8), strict=True))
     arrays = [native.empty(shape, dtype) for shape, dtype in shapes]
     for number, (array, (shape, dtype)) in enumerate(zip(arrays, shapes, strict=True)):
         assert (array.shape, array.dtype) == (shape, dtype)

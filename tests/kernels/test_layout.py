@@ -1,6 +1,7 @@
 """The layout that a weight gets when it is loaded."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,9 @@ def test_lanes_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     floats = np.zeros((16, 32), np.float32)
     monkeypatch.setattr(native, "available", lambda: True)
     assert isinstance(layout.lay_out("w", q4_0), LaneBlockedArray)
-    for array in (raw, floats):
+    # A dtype of scales that the kernels do not read would be brought back from lanes in each product.
+    other_scales = q4_0.replace(scale=q4_0.scale.astype(jnp.bfloat16))
+    for array in (raw, floats, other_scales):
         assert layout.lay_out("w", array) is array
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(jax, "default_backend", lambda: "gpu")

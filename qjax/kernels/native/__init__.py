@@ -8,6 +8,7 @@ from qjax.kernels.native.elementwise import serves_elementwise as serves_element
 from qjax.kernels.native.elementwise import swiglu_native as swiglu_native
 from qjax.kernels.native.library import available as available
 from qjax.kernels.native.library import isa as isa
+from qjax.kernels.native.matmul import knows as knows
 from qjax.kernels.native.matmul import matmul_native as matmul_native
 from qjax.kernels.native.matmul import matmuls_native as matmuls_native
 from qjax.kernels.native.matmul import serves as serves

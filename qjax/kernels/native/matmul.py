@@ -56,10 +56,15 @@ def dense_kind(weight: Any) -> str | None:
     return kinds.get(str(weight.dtype)) if isinstance(weight, jax.Array) and weight.ndim == 2 else None
 
 
+def knows(array: Any) -> bool:
+    """Whether the C++ kernels read scales of this kind and dtype, once the array is in lanes."""
+    return _scales(array) is not None
+
+
 def serves(weight: Any) -> bool:
     """Whether the C++ kernels know this weight, and are there."""
     if isinstance(weight, LaneBlockedArray):
-        return _scales(weight.inner) is not None and available()
+        return knows(weight.inner) and available()
     return dense_kind(weight) is not None and available()
 
 

@@ -17,7 +17,7 @@ _chunk: np.ndarray = np.empty(0, np.uint8)
 
 
 def _large_pages(nbytes: int) -> np.ndarray:
-    """Zeroed memory of its own, on Linux in pages of 2 MiB: to look up small ones costs a stream of weights its speed."""
+    """Zeroed memory of its own, on Linux in pages of 2 MiB: small ones cost a stream of weights its speed."""
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     memory = mmap.mmap(-1, nbytes, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
