@@ -146,6 +146,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
     json_flag(sub)
 
+    sub = command(
+        "quantize",
+        "Make a quantized GGUF file from a float one, with llama.cpp's mixes.",
+        "qjax quantize f16.gguf -o q4_k_m.gguf --type q4_k_m --imatrix imatrix.gguf",
+    )
+    sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
+    sub.add_argument("--type", required=True, help="a mix such as q4_k_m, q3_k_s, q6_k or q8_0")
+    sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
+    sub.add_argument("--pure", action="store_true", help="the mix's main type for every matrix")
+    sub.add_argument("--output-tensor-type", metavar="TYPE", help="type of output.weight")
+    sub.add_argument("--token-embedding-type", metavar="TYPE", help="type of token_embd.weight")
+    sub.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="type of the tensors whose name the expression is found in; the first that fits decides",
+    )
+    sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
+    sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
+    json_flag(sub)
+
     sub = command("demo", "The embedded model at several types: memory, perplexity, speed.", "qjax demo", model=False)
     sub.add_argument("--out", default="out", metavar="FOLDER", help="where the plot goes; default: out")
     json_flag(sub)
@@ -308,6 +330,44 @@ def _convert(args: argparse.Namespace) -> None:
         console.print(f"wrote {path}", markup=False)
 
 
+def _quantize(args: argparse.Namespace) -> None:
+    from qjax.formats.gguf.plan import Wish, override
+    from qjax.runs.console import console, emit_json, megabytes, progress_bar
+    from qjax.runs.quantize import facts, plan_file, quantize_file, show
+
+    wish = Wish(
+        args.type,
+        pure=args.pure,
+        output_type=args.output_tensor_type,
+        embedding_type=args.token_embedding_type,
+        overrides=[override(text) for text in args.tensor_type],
+        imatrix=args.imatrix is not None,
+    )
+    if args.dry_run:
+        result = facts(plan_file(args.model, wish, requantize=args.allow_requantize)[1])
+        if args.json:
+            emit_json(result)
+        else:
+            show(result)
+        return
+    if args.output is None:
+        raise QjaxError("give the file to write by -o FILE, or ask with --dry-run what it would hold")
+    with progress_bar(f"writing {args.output}") as advance:
+        result = quantize_file(
+            args.model,
+            args.output,
+            wish,
+            imatrix=args.imatrix,
+            requantize=args.allow_requantize,
+            progress=lambda name: advance(note=name),
+        )
+    if args.json:
+        emit_json(result)
+    else:
+        size = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
+        console.print(f"wrote {result['path']}: {size}", markup=False)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from qjax.runs.console import emit_json
     from qjax.runs.demo import demo
@@ -332,6 +392,7 @@ COMMANDS = {
     "perplexity": _perplexity,
     "bench": _bench,
     "convert": _convert,
+    "quantize": _quantize,
     "demo": _demo,
     "run": _run,
 }

@@ -269,7 +269,8 @@ def _quantize_rows(type: str, w: jax.Array) -> Quantized:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pack_rows(type: str, parts: Quantized) -> jax.Array:
+def pack_rows(type: str, parts: Quantized) -> jax.Array:
+    """uint8 [rows, row_bytes] of what `Encoder.quantize` made of [rows, blocks, block_size]."""
     blocks = jnp.concatenate(encoders[type].pack(*parts), axis=-1)
     return blocks.reshape(blocks.shape[0], -1)
 
@@ -289,7 +290,7 @@ def encode(type: str, w: Float32[Array | np.ndarray, "*rows n"]) -> UInt8[Array,
     size = encoders[type].block_size
     if w.ndim == 0 or w.shape[-1] % size:
         raise QjaxError(f"expected rows of a multiple of {size} weights for {type}, got shape {w.shape}")
-    packed = _pack_rows(type, _quantize_rows(type, jnp.asarray(w)))
+    packed = pack_rows(type, _quantize_rows(type, jnp.asarray(w)))
     return packed.reshape(*w.shape[:-1], packed.shape[-1])
 
 

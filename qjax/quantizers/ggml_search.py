@@ -1,8 +1,8 @@
 """The searches of ggml's encoders: scales, minimums and codes of many groups at once, by weighted squared error.
 
 Source: make_qx_quants, make_q3_quants, make_qkx2_quants, make_qkx3_quants and make_qp_quants of llama.cpp's
-ggml/src/ggml-quants.c. A group is a column: arrays are float32 [n, groups], so that groups lie side by side in
-registers, and sums run down the column in ggml's order. Where a compiler may fuse a multiplication and an addition,
+ggml/src/ggml-quants.c. A group is a column: arrays are float32 [n, ...], so that groups lie side by side in registers,
+and sums run down the column in ggml's order. Where a compiler may fuse a multiplication and an addition,
 XLA may too: a code can differ from ggml's where two candidates are as good as equal.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
-Groups = Float32[Array, "n groups"]
-PerGroup = Float32[Array, " groups"]
+Groups = Float32[Array, "n *groups"]
+PerGroup = Float32[Array, "*groups"]
 
 # Below this largest magnitude ggml takes a group for zeros.
 TINY = np.float32(1e-15)
@@ -32,9 +32,18 @@ class Found(NamedTuple):
     minimum: PerGroup | None = None
 
 
+# XLA:CPU sums few rows one number at a time, 16 times as slow as it could; this many in whole registers.
+ROWS_SUMMED_WELL = 32
+
+
 def total(terms: Groups) -> PerGroup:
     """Sum down the column, one after the other."""
-    return jnp.sum(terms, axis=0, dtype=jnp.float32)
+    if terms.shape[0] >= ROWS_SUMMED_WELL:
+        return jnp.sum(terms, axis=0, dtype=jnp.float32)
+    result = terms[0]
+    for i in range(1, terms.shape[0]):
+        result = result + terms[i]
+    return result
 
 
 def largest(x: Groups) -> tuple[PerGroup, PerGroup]:
@@ -54,13 +63,13 @@ def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def symmetric(x: Groups, weights: Groups, top: int) -> Found:
-    """make_qx_quants: codes 0 ... 2 top - 1 for the numbers -top ... top - 1; of 19 scales the best, by least squares."""
+    """make_qx_quants: codes 0 ... 2 top - 1 for -top ... top - 1; of 19 scales the best, by least squares."""
     size, number = largest(x)
     zero = size < TINY
     number = jnp.where(zero, np.float32(1), number)
 
     def codes(inverse: PerGroup) -> Groups:
-        return jnp.clip(jnp.round(inverse * x), np.float32(-top), np.float32(top - 1))
+        return jnp.clip(jnp.round(inverse[None] * x), np.float32(-top), np.float32(top - 1))
 
     def sums(inverse: PerGroup) -> tuple[PerGroup, PerGroup]:
         code = codes(inverse)
@@ -82,7 +91,7 @@ def symmetric(x: Groups, weights: Groups, top: int) -> Found:
     nudges = np.array([-(np.float32(top) + np.float32(0.1) * np.float32(s)) for s in _SIGNED_STEPS], np.float32)
     (scale, _, inverse), _ = lax.scan(step, (scale, scale * product, first), jnp.asarray(nudges))
     return Found(
-        jnp.where(zero, np.float32(0), scale), jnp.where(zero, np.float32(0), codes(inverse) + np.float32(top))
+        jnp.where(zero, np.float32(0), scale), jnp.where(zero[None], np.float32(0), codes(inverse) + np.float32(top))
     )
 
 
@@ -124,35 +133,35 @@ def three_bits(x: Groups, top: int = 4) -> Found:
     zero = size < TINY
     inverse = np.float32(-top) / jnp.where(zero, np.float32(1), number)
     weights = x * x
-    codes = jnp.clip(jnp.round(inverse * x), np.float32(-top), np.float32(top - 1))
+    codes = jnp.clip(jnp.round(inverse[None] * x), np.float32(-top), np.float32(top - 1))
     product, square = total(weights * x * codes), total(weights * codes * codes)
     codes, product, square = _descend(x, weights, codes, -top, top - 1, product, square, signed=True)
     scale = jnp.where(zero | (square <= 0), np.float32(0), _quotient(product, square))
-    return Found(scale, jnp.where(zero, np.float32(0), codes + np.float32(top)))
+    return Found(scale, jnp.where(zero[None], np.float32(0), codes + np.float32(top)))
 
 
 def positive(x: Groups, weights: Groups, top: int) -> Found:
-    """make_qp_quants: codes 0 ... top of numbers that are not negative; one scale a column, for a super-block's scales."""
+    """make_qp_quants: codes 0 ... top of numbers that are not negative, such as the scales of a super-block."""
     most = jnp.maximum(jnp.max(x, axis=0), np.float32(0))
     zero = most < TINY
     most = jnp.where(zero, np.float32(1), most)
 
     def error(inverse: PerGroup, codes: Groups) -> PerGroup:
-        difference = x - (np.float32(1) / inverse) * codes
+        difference = x - (np.float32(1) / inverse)[None] * codes
         return total(weights * difference * difference)
 
     inverse = np.float32(top) / most
-    best = error(inverse, jnp.round(inverse * x))
+    best = error(inverse, jnp.round(inverse[None] * x))
     for step in _POSITIVE_STEPS:
         tried = (np.float32(0.1) * np.float32(step) + np.float32(top)) / most
-        here = error(tried, jnp.minimum(jnp.round(tried * x), np.float32(top)))
+        here = error(tried, jnp.minimum(jnp.round(tried[None] * x), np.float32(top)))
         inverse = jnp.where(here < best, tried, inverse)
         best = jnp.where(here < best, here, best)
-    codes = jnp.minimum(jnp.round(inverse * x), np.float32(top))
+    codes = jnp.minimum(jnp.round(inverse[None] * x), np.float32(top))
     product, square = total(weights * x * codes), total(weights * codes * codes)
     codes, product, square = _descend(x, weights, codes, 0, top, product, square, signed=False)
     scale = jnp.where(zero | (square <= 0), np.float32(0), _quotient(product, square))
-    return Found(scale, jnp.where(zero, np.float32(0), codes))
+    return Found(scale, jnp.where(zero[None], np.float32(0), codes))
 
 
 def affine(
@@ -168,24 +177,23 @@ def affine(
     sum_w, sum_x = total(weights), total(weights * x)
     low, high = jnp.minimum(jnp.min(x, axis=0), np.float32(0)), jnp.max(x, axis=0)
     flat = high <= low
-    span = jnp.where(flat, np.float32(1), high - low)
-    shifted = x - low
 
-    def codes(inverse: PerGroup) -> Groups:
-        return jnp.clip(jnp.round(inverse * shifted), np.float32(0), np.float32(top))
+    def codes(inverse: PerGroup, low: PerGroup) -> Groups:
+        return jnp.clip(jnp.round(inverse[None] * (x - low[None])), np.float32(0), np.float32(top))
 
     def error(scale: PerGroup, minimum: PerGroup, code: Groups) -> PerGroup:
-        difference = scale * code + minimum - x
+        difference = scale[None] * code + minimum[None] - x
         return total(weights * (jnp.abs(difference) if absolute else difference * difference))
 
-    first = np.float32(top) / span
+    first = np.float32(top) / jnp.where(flat, np.float32(1), high - low)
     scale = np.float32(1) / first
-    best = error(scale, low, codes(first))
+    best = error(scale, low, codes(first, low))
 
     def attempt(state: Any, nudge: Any) -> Any:
-        scale, minimum, best, inverse = state
-        tried = nudge / span
-        code = codes(tried)
+        # The range that is tried goes from the best minimum so far, as ggml has it.
+        _, minimum, best, *_ = state
+        tried = nudge / jnp.where(flat, np.float32(1), high - minimum)
+        code = codes(tried, minimum)
         weighted = weights * code
         sum_l, sum_l2, sum_xl = total(weighted), total(weighted * code), total(weighted * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
@@ -198,21 +206,18 @@ def affine(
         new_minimum = jnp.where(above, np.float32(0), new_minimum)
         here = error(new_scale, new_minimum, code)
         better = able & (here < best)
-        return (
-            jnp.where(better, new_scale, scale),
-            jnp.where(better, new_minimum, minimum),
-            jnp.where(better, here, best),
-            jnp.where(better, tried, inverse),
-        ), None
+        new = (new_scale, new_minimum, here, tried, minimum)
+        return tuple(jnp.where(better, a, b) for a, b in zip(new, state, strict=True)), None
 
     # low_step + step * i as one rounding, the way a fused multiplication and addition has it.
     nudges = [
         np.float32(np.float64(np.float32(step)) * i + np.float64(np.float32(low_step))) + np.float32(top)
         for i in range(steps + 1)
     ]
-    (scale, minimum, _, inverse), _ = lax.scan(attempt, (scale, low, best, first), jnp.asarray(nudges, jnp.float32))
+    start = (scale, low, best, first, low)
+    (scale, minimum, _, inverse, origin), _ = lax.scan(attempt, start, jnp.asarray(nudges, jnp.float32))
     return Found(
         jnp.where(flat, np.float32(0), scale),
-        jnp.where(flat, np.float32(0), codes(inverse)),
+        jnp.where(flat[None], np.float32(0), codes(inverse, origin)),
         jnp.where(flat, -low, -minimum),
     )

@@ -1,0 +1,150 @@
+"""Float matrices to the blocks of any ggml type with an encoder, by the importance of each column if that is known.
+
+Rows go a piece at a time through one compiled program, two pieces side by side: what a search holds stays in cache, and
+memory beside the result is that of a few pieces.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from qjax.errors import QjaxError
+from qjax.quantizers import ggml_legacy
+from qjax.quantizers.ggml_k import K_TYPES, SUPER_BLOCK
+from qjax.quantizers.ggml_weighted import WEIGHTED
+
+# Every type that floats are encoded to.
+TYPES = (*ggml_legacy.encoders, *K_TYPES)
+
+# Groups of a piece; with twice as many XLA:CPU takes ten times as long for each.
+_GROUPS = 1 << 14
+
+Importance = Float32[Array | np.ndarray, " n"]
+
+
+def block_size(type: str) -> int:
+    """Weights of a block of a type in TYPES."""
+    return SUPER_BLOCK if type in K_TYPES else ggml_legacy.encoders[type].block_size
+
+
+def _block_bytes(type: str) -> int:
+    return K_TYPES[type].nbytes if type in K_TYPES else ggml_legacy.encoders[type].block_bytes
+
+
+def _group_size(type: str) -> int:
+    return K_TYPES[type].steps.group if type in K_TYPES else 32
+
+
+def _columns(rows: np.ndarray, size: int) -> np.ndarray:
+    """[rows, n] as [size, blocks]: a block a column."""
+    return np.ascontiguousarray(rows.reshape(-1, size).T)
+
+
+# Steps as programs of their own: within one, XLA:CPU makes what a loop reads anew for every number that it is read for.
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(type: str, blocks: Any, importance: Any) -> Any:
+    return K_TYPES[type].steps.prepare(blocks, importance)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _search(type: str, groups: Any, weighted: bool) -> Any:
+    return K_TYPES[type].steps.search(groups, weighted)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _finish(type: str, groups: Any, found: Any, weighted: bool) -> Any:
+    return K_TYPES[type].steps.finish(groups, found, weighted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pack_k(type: str, made: Any) -> Any:
+    return K_TYPES[type].pack(made).T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize_weighted(type: str, w: Any, importance: Any) -> Any:
+    return WEIGHTED[type](w, importance)
+
+
+def _encode_k(type: str, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    weighted = importance is not None
+    columns = _columns(np.broadcast_to(importance, w.shape), SUPER_BLOCK) if weighted else None
+    groups = _prepare(type, _columns(w, SUPER_BLOCK), columns)
+    made = _finish(type, groups, _search(type, groups, weighted), weighted)
+    return np.asarray(_pack_k(type, made)).reshape(len(w), -1)
+
+
+def _encode_piece(type: str, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    if type in K_TYPES:
+        return _encode_k(type, w, importance)
+    if importance is not None and type in WEIGHTED:
+        return np.asarray(ggml_legacy.pack_rows(type, _quantize_weighted(type, jnp.asarray(w), importance)))
+    return np.asarray(ggml_legacy.encode(type, w))
+
+
+def encode(
+    type: str, w: Float[Array | np.ndarray, "*rows n"], importance: Importance | None = None
+) -> UInt8[np.ndarray, "*rows row_bytes"]:
+    """The rows of `w` in blocks of `type`: uint8[*rows, n / block_size * block_bytes].
+
+    Args:
+      type: one of TYPES.
+      w: finite weights (see `ggml_legacy.check_finite`); F16 and BF16 take any. Cast to float32 piece by piece.
+      importance: of each column, not negative, the mean square of what it is multiplied with; types that do not search
+        do without.
+
+    Raises:
+      QjaxError: an unknown type, rows that are no whole number of blocks, or an importance of another length or with
+        negative or non-finite numbers.
+    """
+    if type not in TYPES:
+        raise QjaxError(f"expected a type to encode to, one of {', '.join(TYPES)}; got {type!r}")
+    size = block_size(type)
+    if w.ndim == 0 or w.shape[-1] % size:
+        raise QjaxError(f"expected rows of a multiple of {size} weights for {type}, got shape {w.shape}")
+    weights = _checked(importance, w.shape[-1])
+    n = w.shape[-1]
+    rows = w.reshape(-1, n)
+    out = np.empty((rows.shape[0], n // size * _block_bytes(type)), np.uint8)
+    # Always as many: a program for other shapes may fuse other multiplications and additions, and so round otherwise.
+    each = max(1, _GROUPS * _group_size(type) // n)
+
+    def piece(first: int) -> None:
+        last = min(first + each, rows.shape[0])
+        some = np.asarray(rows[first:last], np.float32)
+        if len(some) < each:
+            some = np.pad(some, ((0, each - len(some)), (0, 0)))
+        out[first:last] = _encode_piece(type, some, weights)[: last - first]
+
+    _for_all(piece, range(0, rows.shape[0], each))
+    return out.reshape(*w.shape[:-1], out.shape[-1])
+
+
+def _for_all(piece: Callable[[int], None], firsts: range) -> None:
+    if len(firsts) < 2:
+        for first in firsts:
+            piece(first)
+        return
+    # The first alone: it compiles.
+    piece(firsts[0])
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(firsts))) as pool:
+        for _ in pool.map(piece, firsts[1:]):
+            pass
+
+
+def _checked(importance: Importance | None, n: int) -> np.ndarray | None:
+    if importance is None:
+        return None
+    held = np.asarray(importance, np.float32)
+    if held.shape != (n,):
+        raise QjaxError(f"expected an importance of each of {n} columns, got shape {held.shape}")
+    if not np.isfinite(held).all() or (held < 0).any():
+        raise QjaxError("expected an importance of finite numbers that are not negative")
+    return held

@@ -1,0 +1,67 @@
+"""Types by mix and by wish, in llama-quantize's order of precedence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.formats.gguf import GGUFFile, open_gguf
+from qjax.formats.gguf.plan import Wish, override, plan, type_named
+from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> GGUFFile:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 1,
+        "llama.attention.head_count": 8,
+        "llama.attention.head_count_kv": 2,
+    }
+    shapes = {
+        "token_embd.weight": (8, 256),
+        "blk.0.attn_norm.weight": (256,),
+        "blk.0.attn_v.weight": (8, 256),
+        "blk.0.ffn_down.weight": (8, 96),
+        "blk.0.ffn_up.weight": (8, 256),
+        "output.weight": (8, 256),
+    }
+    tensors = [TensorToWrite(name, s, "F32", np.zeros(4 * int(np.prod(s)), np.uint8)) for name, s in shapes.items()]
+    write_gguf(tmp_path / "f.gguf", metadata, tensors)
+    return open_gguf(tmp_path / "f.gguf")
+
+
+def types(file: GGUFFile, wish: Wish) -> list[str]:
+    """Of embedding, norm, attn_v, ffn_down, ffn_up, output."""
+    return list(plan(file, wish).values())
+
+
+def test_the_mix(file: GGUFFile) -> None:
+    # Rows of 96 hold no super-block: Q4_K's stand-in is Q5_0. The norm keeps what it has.
+    assert types(file, Wish("q2_k")) == ["Q2_K", "F32", "Q4_K", "Q4_0", "Q2_K", "Q6_K"]
+    assert types(file, Wish("Q4_K_M")) == ["Q4_K", "F32", "Q6_K", "Q8_0", "Q4_K", "Q6_K"]
+    assert types(file, Wish("f16")) == ["F16", "F32", "F16", "F16", "F16", "F16"]
+
+
+def test_pure(file: GGUFFile) -> None:
+    assert types(file, Wish("q4_k_m", pure=True)) == ["Q4_K", "F32", "Q4_K", "Q5_0", "Q4_K", "Q4_K"]
+
+
+def test_wishes_by_precedence(file: GGUFFile) -> None:
+    overrides = [override("ffn_.*=q5_k"), override("ffn_up=q8_0"), override("^output=Q4_K"), override("embd=q3_k")]
+    wish = Wish("q4_k_m", overrides=overrides)
+    assert types(file, wish) == ["Q3_K", "F32", "Q6_K", "Q5_1", "Q5_K", "Q4_K"]
+    wish = wish._replace(output_type="f16", embedding_type="q8_0", pure=True)
+    assert types(file, wish) == ["Q8_0", "F32", "Q4_K", "Q5_1", "Q5_K", "F16"]
+
+
+@pytest.mark.parametrize("text", ["ffn_up", "=q4_k", "ffn_up=", "ffn_up=q9", "(=q4_k"])
+def test_refuses_what_is_no_override(text: str) -> None:
+    with pytest.raises(QjaxError):
+        override(text)
+
+
+def test_a_pattern_may_hold_the_sign() -> None:
+    assert override("a=b=q4_k") == ("a=b", "Q4_K")
+    assert type_named("bf16") == "BF16"

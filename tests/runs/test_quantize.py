@@ -1,0 +1,89 @@
+"""`qjax quantize`: a float file to mixes, with and without importance, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qjax
+from qjax.cli import main
+from qjax.errors import QjaxError, QjaxWarning
+from qjax.formats.gguf import open_gguf
+from qjax.formats.gguf.plan import Wish
+from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.runs.quantize import plan_file, quantize_file
+
+
+@pytest.fixture(scope="module")
+def q4_k_m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "q4_k_m.gguf"
+    quantize_file("embedded", path, Wish("q4_k_m"))
+    return path
+
+
+def importance_file(path: Path, columns: dict[str, int]) -> Path:
+    rng = np.random.default_rng(0)
+    tensors = []
+    for name, n in columns.items():
+        for suffix, values in ((".in_sum2", rng.uniform(0.1, 3, (1, n))), (".counts", np.ones((1, 1)))):
+            data = values.astype(np.float32).view(np.uint8)
+            tensors.append(TensorToWrite(name + suffix, values.shape, "F32", data))
+    write_gguf(path, {"general.type": "imatrix"}, tensors)
+    return path
+
+
+def test_a_mix(q4_k_m: Path) -> None:
+    file = open_gguf(q4_k_m)
+    kinds = {info.type for info in file.tensors.values()}
+    assert kinds == {"F32", "Q4_K", "Q6_K"}
+    assert file.metadata["general.file_type"] == 15
+    assert file.metadata["general.quantization_version"] == 2
+    model = qjax.load(q4_k_m)
+    assert "".join(model.generate("def main(", max_tokens=4, temperature=0.0))
+
+
+def test_the_plan_is_what_is_written(q4_k_m: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "embedded", "--type", "q4_k_m", "--dry-run", "--json"]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    file = open_gguf(q4_k_m)
+    assert {t["name"]: t["to"] for t in said["tensors"]} == {name: info.type for name, info in file.tensors.items()}
+    assert said["bytes"] == sum(info.nbytes for info in file.tensors.values())
+
+
+def test_importance(tmp_path: Path, q4_k_m: Path) -> None:
+    file = open_gguf(q4_k_m)
+    known = {name: info.shape[-1] for name, info in file.tensors.items() if len(info.shape) == 2}
+    missing = "blk.1.attn_k.weight"
+    del known[missing]
+    imatrix = importance_file(tmp_path / "i.gguf", known)
+    with pytest.warns(QjaxWarning, match=missing):
+        quantize_file("embedded", tmp_path / "i-q4_k_m.gguf", Wish("q4_k_m"), imatrix=imatrix)
+    ours = open_gguf(tmp_path / "i-q4_k_m.gguf")
+    assert ours.metadata["quantize.imatrix.entries_count"] == len(known)
+    np.testing.assert_array_equal(ours.raw(missing), file.raw(missing))
+    assert (ours.raw("blk.0.ffn_up.weight") != file.raw("blk.0.ffn_up.weight")).any()
+
+
+def test_refuses(tmp_path: Path, q4_k_m: Path) -> None:
+    target = tmp_path / "out.gguf"
+    wrong = importance_file(tmp_path / "wrong.gguf", {"blk.0.ffn_up.weight": 8})
+    for call, words in (
+        (lambda: quantize_file(q4_k_m, target, Wish("q3_k_s")), "allow-requantize"),
+        (lambda: quantize_file("embedded", target, Wish("iq2_xxs")), "does not make yet"),
+        (lambda: quantize_file("embedded", target, Wish("q9")), "not known"),
+        (lambda: quantize_file("embedded", target, Wish("q4_k_m"), imatrix=wrong), "another model"),
+        (lambda: quantize_file("embedded", target, Wish("q4_k_m", output_type="q9", embedding_type="q9")), "ggml type"),
+    ):
+        with pytest.raises(QjaxError, match=words):
+            call()
+        assert not target.exists()
+    assert main(["quantize", "embedded", "--type", "q4_k_m"]) == 2
+
+
+def test_requantize(tmp_path: Path, q4_k_m: Path) -> None:
+    _, tensors = plan_file(q4_k_m, Wish("q8_0"), requantize=True)
+    assert {tensor.source for tensor in tensors} == {"F32", "Q4_K", "Q6_K"}
+    quantize_file(q4_k_m, tmp_path / "q8.gguf", Wish("q8_0"), requantize=True)
+    assert qjax.load(tmp_path / "q8.gguf").config == qjax.load(q4_k_m).config
