@@ -14,6 +14,9 @@ from qjax.arrays import Memory, QuantizedArray, memory
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import GGUFFile, from_blocks, open_gguf, to_blocks, type_of
 from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
+from qjax.formats.gguf.imatrix import read_imatrix
+from qjax.formats.gguf.mixes import is_mix
+from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
@@ -22,7 +25,9 @@ from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig, load_gguf
 from qjax.models.load import Make, Place, gguf_tensors, keep, read_array, warn_kept
-from qjax.quantizers.ggml_legacy import check_finite, encode
+from qjax.quantizers.ggml import TYPES as ENCODED
+from qjax.quantizers.ggml import encode
+from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
 
 # What `quantize=` and `convert --type` take, with llama.cpp's general.file_type for each.
@@ -155,10 +160,29 @@ def quantizer(type_name: str) -> Make:
 
 
 def _known_type(type_name: str) -> str:
-    """ggml's name of a type that there is an encoder for."""
+    """ggml's name of a plain type that there is an encoder for."""
     if type_name.lower() not in QUANTIZE_TYPES:
-        raise QjaxError(f"cannot quantize to {type_name!r}; known are {', '.join(QUANTIZE_TYPES)}")
+        raise QjaxError(
+            f"cannot quantize to {type_name!r}; known are {', '.join(QUANTIZE_TYPES)}, and llama.cpp's mixes such as "
+            "q4_k_m for `load` and `qjax quantize`"
+        )
     return type_name.upper()
+
+
+def _by_mix(file: GGUFFile, mix: str, imatrix: str | Path | None) -> Make:
+    """`make` that gives each matrix the type which a mix has for it, by its importance if there is one."""
+    importances = {} if imatrix is None else read_imatrix(imatrix).of
+    types = plan(file, Wish(mix, imatrix=imatrix is not None))
+    for name, kind in types.items():
+        if kind not in ENCODED and kind != file.tensors[name].type:
+            raise QjaxError(f"{file.path}: {name} would become {kind} in {mix}, which qjax does not make yet")
+
+    def make(name: str, w: Any) -> QuantizedArray | Any:
+        check_finite(name, w)
+        kind = types[name]
+        return from_blocks(kind, encode(kind, np.asarray(w), importances.get(name)), np.asarray)
+
+    return make
 
 
 def _check_quantizable(file: GGUFFile) -> None:
@@ -170,6 +194,7 @@ def load(
     model: str | Path,
     *,
     quantize: str | Make | None = None,
+    imatrix: str | Path | None = None,
     place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:
@@ -178,17 +203,23 @@ def load(
     Args:
       model: a GGUF file (any shard of a split one), a folder with one, "embedded" for the small model that comes
         with qjax, or a Hub id "owner/name" or "owner/name:file".
-      quantize: a type ("q4_0") or a function `make(name, float32 [out, in])`, applied to each float matrix while
-        loading: the whole float model is never in memory.
+      quantize: a plain type ("q4_0") for every float matrix, one of llama.cpp's mixes ("q4_k_m"), or a function
+        `make(name, float32 [out, in])`; applied while loading: the whole float model is never in memory.
+      imatrix: an importance matrix of llama-imatrix, for a mix.
       place: `place(name, array) -> array` puts each array where it shall live.
       progress: told each tensor's name once it is loaded.
 
     Raises:
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
-    make = quantizer(quantize) if isinstance(quantize, str) else quantize
+    by_mix = isinstance(quantize, str) and quantize.lower() not in QUANTIZE_TYPES and is_mix(quantize)
+    make = quantizer(quantize) if isinstance(quantize, str) and not by_mix else quantize
+    if imatrix is not None and not by_mix:
+        raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
     path = locate(model)
     file = open_gguf(path)
+    if isinstance(make, str):
+        make = _by_mix(file, make, imatrix)
     if make is not None:
         _check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
@@ -269,7 +300,7 @@ def convert(
 
 def _encoded(kind: str, w: Any) -> Any:
     """Bytes of float32 [out, in] in a type of QUANTIZE_TYPES."""
-    return np.asarray(w, np.float32).view(np.uint8) if kind == "F32" else encode(kind, jnp.asarray(w, jnp.float32))
+    return np.asarray(w, np.float32).view(np.uint8) if kind == "F32" else encode(kind, np.asarray(w))
 
 
 def _target_type(name: str, shape: tuple[int, ...], kind: str) -> str:

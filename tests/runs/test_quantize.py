@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -87,3 +88,15 @@ def test_requantize(tmp_path: Path, q4_k_m: Path) -> None:
     assert {tensor.source for tensor in tensors} == {"F32", "Q4_K", "Q6_K"}
     quantize_file(q4_k_m, tmp_path / "q8.gguf", Wish("q8_0"), requantize=True)
     assert qjax.load(tmp_path / "q8.gguf").config == qjax.load(q4_k_m).config
+
+
+def test_while_loading(q4_k_m: Path) -> None:
+    """In place of a file between: the same packed arrays."""
+    ours, theirs = qjax.load("embedded", quantize="Q4_K_M").params, qjax.load(q4_k_m).params
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(QjaxError, match="for a mix"):
+        qjax.load("embedded", quantize="q4_0", imatrix="i.gguf")
+    with pytest.raises(QjaxError, match="does not make yet"):
+        qjax.load("embedded", quantize="iq2_xxs")

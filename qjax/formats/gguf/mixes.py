@@ -213,6 +213,11 @@ _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight")
 _70B_LAYERS = 80
 
 
+def is_mix(name: str) -> bool:
+    """Whether there is a mix of this name."""
+    return ALIASES.get(name.lower(), name.lower()) in MIXES
+
+
 def mix_of(name: str) -> Mix:
     """The mix of this name ("q4_k_m", "Q4_K_M", "q4_k").
 
