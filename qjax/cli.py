@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text")
     sub.add_argument("--ctx", type=_positive, default=512, help="tokens of a chunk; default: 512")
     sub.add_argument("--chunks", type=_positive, help="only this many; default: all")
+    sub.add_argument("--kl-base", metavar="FILE.kld", help="compare with another model's predictions in this file")
+    sub.add_argument("--save-kl-base", action="store_true", help="write that file with this model's predictions")
     compute(sub, "of x in each product; default: float, which measures the weights alone")
     json_flag(sub)
 
@@ -266,12 +268,29 @@ def _perplexity(args: argparse.Namespace) -> None:
     text = texts.read_text(args.data)
     model = texts.open_model(args.model, quantize=args.quantize)
     activations = args.activations or "float"
-    result = texts.measure_perplexity(model, text, ctx=args.ctx, chunks=args.chunks, activations=activations)
+    if args.save_kl_base and args.kl_base is None:
+        raise QjaxError("--save-kl-base writes the file that --kl-base FILE names")
+    result = texts.measure_perplexity(
+        model,
+        text,
+        ctx=args.ctx,
+        chunks=args.chunks,
+        activations=activations,
+        kl_base=args.kl_base,
+        save_kl_base=args.save_kl_base,
+    )
     if args.json:
         emit_json(result)
     else:
         shown = f"PPL = {result['perplexity']:.4f} +/- {result['stderr']:.5f}"
         emit(f"{shown} over {result['tokens']} tokens in {result['seconds']:.1f} s\n")
+        if "mean_kld" in result:
+            emit(
+                f"base PPL = {result['base_perplexity']:.4f}; KL divergence: mean {result['mean_kld']:.6f} "
+                f"+/- {result['kld_stderr']:.6f}, median {result['median_kld']:.6f}, 99 % "
+                f"{result['percentiles']['99']:.6f}, max {result['max_kld']:.6f}; RMS dp "
+                f"{100 * result['rms_dp']:.3f} %; same top {100 * result['same_top']:.3f} %\n"
+            )
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -7,13 +7,13 @@ scored token a context. PPL = exp(mean NLL), its standard error PPL * sqrt(var /
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from qjax.errors import QjaxError
 from qjax.kernels import Activations
@@ -70,6 +70,24 @@ def perplexity(
     Raises:
       QjaxError: the text is shorter than one chunk, n_ctx is odd or out of range, or an id is not in the vocabulary.
     """
+    cut = chunks_of(config, ids, n_ctx=n_ctx, bos_id=bos_id, chunks=chunks)
+    losses: list[np.ndarray] = []
+    start = time.perf_counter()
+    for i, (logits, targets) in enumerate(scored(params, config, cut, bos_id=bos_id, activations=activations)):
+        losses.append(np.asarray(negative_log_likelihood(logits, targets), np.float64))
+        if progress is not None:
+            progress(i + 1, len(cut), math.exp(float(np.concatenate(losses).mean())))
+    return summarize(np.concatenate(losses), len(cut), time.perf_counter() - start)
+
+
+def chunks_of(
+    config: ModelConfig, ids: Sequence[int] | np.ndarray, *, n_ctx: int, bos_id: int | None, chunks: int | None
+) -> Int32[np.ndarray, "chunks n_ctx"]:
+    """The chunks of a text that are looked at; their first tokens are not replaced yet.
+
+    Raises:
+      QjaxError: see `perplexity`.
+    """
     if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
         raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")
     wide = np.asarray(ids, np.int64)
@@ -88,17 +106,24 @@ def perplexity(
     if chunks is not None and chunks < 1:
         raise QjaxError(f"expected at least one chunk, got {chunks}")
     count = available if chunks is None else min(chunks, available)
+    return tokens[: count * n_ctx].reshape(count, n_ctx)
+
+
+def scored(
+    params: dict[str, Any],
+    config: ModelConfig,
+    chunks: Int32[np.ndarray, "chunks n_ctx"],
+    *,
+    bos_id: int | None,
+    activations: Activations,
+) -> Iterator[tuple[Float[Array, "n vocab"], Int[Array, " n"]]]:
+    """Of each chunk the logits of the predictions that count, n_ctx / 2 - 1, and the tokens that followed."""
+    n_ctx = chunks.shape[1]
     first = n_ctx // 2
     at = jnp.arange(first, n_ctx - 1, dtype=jnp.int32)[None]
-    losses: list[np.ndarray] = []
-    start = time.perf_counter()
-    for i in range(count):
-        chunk = tokens[i * n_ctx : (i + 1) * n_ctx].copy()
-        targets = jnp.asarray(chunk[first + 1 :])
+    for chunk in chunks:
+        shown = chunk.copy()
         if bos_id is not None:
-            chunk[0] = bos_id
-        logits, _ = forward(params, config, jnp.asarray(chunk)[None], logits_at=at, activations=activations)
-        losses.append(np.asarray(negative_log_likelihood(logits[0], targets), np.float64))
-        if progress is not None:
-            progress(i + 1, count, math.exp(float(np.concatenate(losses).mean())))
-    return summarize(np.concatenate(losses), count, time.perf_counter() - start)
+            shown[0] = bos_id
+        logits, _ = forward(params, config, jnp.asarray(shown)[None], logits_at=at, activations=activations)
+        yield logits[0], jnp.asarray(chunk[first + 1 :])

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qjax import api
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
+from qjax.evaluate.divergence import divergence, read_base, save_base
+from qjax.evaluate.perplexity import Perplexity, chunks_of
 from qjax.formats.gguf import open_gguf
 from qjax.formats.locate import locate
 from qjax.runs.console import console, emit, emit_json, progress_bar
@@ -116,11 +120,26 @@ def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: 
 
 
 def measure_perplexity(
-    model: api.Model, text: str, *, ctx: int, chunks: int | None, activations: Any = "float"
+    model: api.Model,
+    text: str,
+    *,
+    ctx: int,
+    chunks: int | None,
+    activations: Any = "float",
+    kl_base: str | None = None,
+    save_kl_base: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of a text, with a bar that shows it so far."""
+    """Perplexity of a text, with a bar that shows it so far; with a base file its divergence too, or the file is made.
+
+    Raises:
+      QjaxError: see `perplexity` and `read_base`; the base file is of another text.
+    """
     bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
     ids: Sequence[int] = model.encode(text)
+    if kl_base is not None:
+        return _against_base(
+            model, ids, kl_base, save_kl_base, ctx=ctx, chunks=chunks, activations=activations, bos=bos
+        )
     try:
         with progress_bar("perplexity") as advance:
             result = perplexity(
@@ -135,6 +154,35 @@ def measure_perplexity(
             )
     except OverflowError:
         result = None
+    return _finite(model, result)
+
+
+def _finite(model: api.Model, result: Perplexity | None) -> dict[str, Any]:
     if result is None or not math.isfinite(result.perplexity):
         raise QjaxError(f"{model.source}: the perplexity is no finite number: the file's weights are damaged")
     return result._asdict()
+
+
+def _against_base(
+    model: api.Model,
+    ids: Sequence[int],
+    path: str,
+    save: bool,
+    *,
+    ctx: int,
+    chunks: int | None,
+    activations: Any,
+    bos: int | None,
+) -> dict[str, Any]:
+    with progress_bar("saving" if save else "divergence") as advance:
+        show = lambda done, total, so_far: advance(done, total, f"{so_far:.4f}")
+        options: dict[str, Any] = {"bos_id": bos, "activations": activations, "progress": show}
+        if save:
+            cut = chunks_of(model.config, ids, n_ctx=ctx, bos_id=bos, chunks=chunks)
+            return _finite(model, save_base(path, model.params, model.config, cut, **options))
+        base = read_base(path, model.config)
+        count, n_ctx = base.tokens.shape
+        if not np.array_equal(base.tokens.ravel(), np.asarray(ids[: count * n_ctx], np.int32)):
+            raise QjaxError(f"{path}: was made of another text, or with another tokenizer")
+        found = divergence(model.params, model.config, base, chunks=chunks, **options)
+    return {**_finite(model, found.perplexity), **{k: v for k, v in found._asdict().items() if k != "perplexity"}}

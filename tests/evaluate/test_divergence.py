@@ -1,0 +1,98 @@
+"""KL divergence against a base file: the file's form, the numbers in float64, and what is refused."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.errors import FormatError
+from qjax.evaluate import perplexity
+from qjax.evaluate.divergence import divergence, read_base, save_base
+from qjax.evaluate.perplexity import chunks_of
+from qjax.models import forward
+
+CTX = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return qjax.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def ids(model: Any) -> list[int]:
+    return model.encode(Path(jax.__file__).read_text()[:3000])
+
+
+@pytest.fixture(scope="module")
+def base(model: Any, ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "f16.kld"
+    cut = chunks_of(model.config, ids, n_ctx=CTX, bos_id=model.tokenizer.bos_id, chunks=3)
+    saved = save_base(path, model.params, model.config, cut, bos_id=model.tokenizer.bos_id)
+    plain = perplexity(model.params, model.config, ids, n_ctx=CTX, bos_id=model.tokenizer.bos_id, chunks=3)
+    assert saved.perplexity == plain.perplexity
+    return path
+
+
+def test_of_itself(model: Any, base: Path) -> None:
+    found = divergence(model.params, model.config, read_base(base, model.config), bos_id=model.tokenizer.bos_id)
+    assert found.same_top > 0.98
+    assert abs(found.mean_kld) < 1e-5
+    assert found.perplexity.perplexity == pytest.approx(found.base_perplexity, rel=1e-4)
+
+
+def test_against_float64(model: Any, ids: list[int], base: Path) -> None:
+    """The divergence of a 4-bit copy, from both models' logits."""
+    copy = qjax.load("embedded", quantize="q4_0")
+    found = divergence(copy.params, copy.config, read_base(base, copy.config), bos_id=model.tokenizer.bos_id)
+    kld, same = [], []
+    for chunk in np.asarray(ids[: 3 * CTX], np.int32).reshape(3, CTX):
+        shown = chunk.copy()
+        shown[0] = model.tokenizer.bos_id
+        logp = []
+        for m in (model, copy):
+            logits = np.asarray(forward(m.params, m.config, jnp.asarray(shown)[None])[0][0, CTX // 2 : -1], np.float64)
+            logp.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        p = np.exp(logp[0])
+        kld.append((p * (logp[0] - logp[1])).sum(-1))
+        same.append(logp[0].argmax(-1) == logp[1].argmax(-1))
+    values = np.concatenate(kld)
+    assert found.mean_kld == pytest.approx(values.mean(), rel=5e-3)
+    assert found.max_kld == pytest.approx(values.max(), rel=1e-2)
+    assert found.median_kld == pytest.approx(np.median(values), rel=1e-2)
+    assert found.same_top == pytest.approx(np.mean(same), abs=0.02)
+    assert found.percentiles["99"] <= found.max_kld
+
+
+def test_the_file_s_form(model: Any, base: Path) -> None:
+    data = base.read_bytes()
+    assert struct.unpack_from("<8sIii", data) == (b"_logits_", CTX, model.config.vocab, 3)
+    read = read_base(base, model.config)
+    head = np.ascontiguousarray(read.rows[0, 0, :4]).view(np.float32)
+    logp = head[0] * read.rows[0, 0, 4:].astype(np.float32) + head[1]
+    assert np.exp(logp).sum() == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: b"_logitz_" + data[8:], "no log-probabilities"),
+        (lambda data: data[:15], "no log-probabilities"),
+        (lambda data: data[:-2], "cut short"),
+        (lambda data: data[:12] + struct.pack("<i", 7) + data[16:], "vocabulary of 7"),
+        (lambda data: data[:8] + struct.pack("<I", 1 << 31) + data[12:], "tokens"),
+        (lambda data: data[:16] + struct.pack("<i", 1 << 30) + data[20:], "cut short"),
+        (lambda data: data[:20] + struct.pack("<i", -5) + data[24:], "token id"),
+    ],
+)
+def test_refuses(model: Any, base: Path, tmp_path: Path, change: Any, words: str) -> None:
+    path = tmp_path / "bad.kld"
+    path.write_bytes(change(base.read_bytes()))
+    with pytest.raises(FormatError, match=words) as error:
+        read_base(path, model.config)
+    assert "bad.kld" in str(error.value)
