@@ -23,8 +23,8 @@ from qjax.quantizers.ggml_weighted import WEIGHTED
 # Every type that floats are encoded to.
 TYPES = (*ggml_legacy.encoders, *K_TYPES)
 
-# Groups of a piece; with twice as many XLA:CPU takes ten times as long for each.
-_GROUPS = 1 << 14
+# Weights of a piece: what a search holds of so many stays in a core's cache; extremes are found in one pass anyway.
+_SEARCHED, _PLAIN = 1 << 15, 1 << 19
 
 Importance = Float32[Array | np.ndarray, " n"]
 
@@ -36,10 +36,6 @@ def block_size(type: str) -> int:
 
 def _block_bytes(type: str) -> int:
     return K_TYPES[type].nbytes if type in K_TYPES else ggml_legacy.encoders[type].block_bytes
-
-
-def _group_size(type: str) -> int:
-    return K_TYPES[type].steps.group if type in K_TYPES else 32
 
 
 def _columns(rows: np.ndarray, size: int) -> np.ndarray:
@@ -114,7 +110,8 @@ def encode(
     rows = w.reshape(-1, n)
     out = np.empty((rows.shape[0], n // size * _block_bytes(type)), np.uint8)
     # Always as many: a program for other shapes may fuse other multiplications and additions, and so round otherwise.
-    each = max(1, _GROUPS * _group_size(type) // n)
+    searched = type in K_TYPES or (weights is not None and type in WEIGHTED)
+    each = max(1, (_SEARCHED if searched else _PLAIN) // n)
 
     def piece(first: int) -> None:
         last = min(first + each, rows.shape[0])

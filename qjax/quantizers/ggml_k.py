@@ -98,11 +98,6 @@ class Affine(NamedTuple):
     factor: int
     mean_weight: bool
 
-    @property
-    def group(self) -> int:
-        """Weights of a group."""
-        return self.size
-
     def prepare(self, blocks: Blocks, importance: Blocks | None) -> Prepared:
         x = _groups(blocks, self.size)
         if importance is not None:
@@ -141,11 +136,6 @@ class _Symmetric(NamedTuple):
 
     low: int
     top: int
-
-    @property
-    def group(self) -> int:
-        """Weights of a group."""
-        return 16
 
     def _x(self, blocks: Blocks) -> Float32[Array, "16 parts *blocks"]:
         return _groups(blocks, 16)
