@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#define QJAX_SIMD "simd_avx2.h"
+#define QJAX_KERNELS AvxVnniKernels
 #define QJAX_VNNI256 1
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
@@ -10,19 +12,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
-#include "simd_avx2.h"
-//
-#include "kernels.inc"
-
-const qjax::KernelTable* qjax::AvxVnniKernels() {
-  static const KernelTable table = MakeTable();
-  return &table;
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "isa.inc"
 #else
 const qjax::KernelTable* qjax::AvxVnniKernels() { return nullptr; }
 #endif

@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #if defined(__aarch64__)
+#define QJAX_SIMD "simd_neon.h"
+#define QJAX_KERNELS NeonI8mmKernels
 #define QJAX_I8MM 1
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod,fullfp16,i8mm"))), apply_to = function)
@@ -10,19 +12,7 @@
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm")
 #endif
-#include "simd_neon.h"
-//
-#include "kernels.inc"
-
-const qjax::KernelTable* qjax::NeonI8mmKernels() {
-  static const KernelTable table = MakeTable();
-  return &table;
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "isa.inc"
 #else
 const qjax::KernelTable* qjax::NeonI8mmKernels() { return nullptr; }
 #endif
