@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.arrays import Memory, QuantizedArray, memory
-from qjax.errors import QjaxError, QjaxWarning
+from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import GGUFFile, from_blocks, open_gguf, to_blocks, type_of
 from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
 from qjax.formats.gguf.imatrix import read_imatrix
@@ -169,18 +169,27 @@ def _known_type(type_name: str) -> str:
     return type_name.upper()
 
 
+def check_encodable(path: Path, name: str, kind: str) -> None:
+    """UnsupportedError naming the tensor if there is no encoder of its type."""
+    if kind != "F32" and kind not in ENCODED:
+        raise UnsupportedError(
+            f"{path}: {name} would become {kind}, which qjax does not make yet; known are {', '.join(ENCODED)}"
+        )
+
+
 def _by_mix(file: GGUFFile, mix: str, imatrix: str | Path | None) -> Make:
     """`make` that gives each matrix the type which a mix has for it, by its importance if there is one."""
-    importances = {} if imatrix is None else read_imatrix(imatrix).of
     types = plan(file, Wish(mix, imatrix=imatrix is not None))
-    for name, kind in types.items():
-        if kind not in ENCODED and kind != file.tensors[name].type:
-            raise QjaxError(f"{file.path}: {name} would become {kind} in {mix}, which qjax does not make yet")
+    floats = {name: i.shape for name, i in file.tensors.items() if i.type in FLOAT_TYPES and types[name] != i.type}
+    for name in floats:
+        check_encodable(file.path, name, types[name])
+    encoded = {name: shape for name, shape in floats.items() if types[name] not in FLOAT_TYPES}
+    columns = {} if imatrix is None else read_imatrix(imatrix).matched(file.path, encoded)
 
     def make(name: str, w: Any) -> QuantizedArray | Any:
         check_finite(name, w)
         kind = types[name]
-        return from_blocks(kind, encode(kind, np.asarray(w), importances.get(name)), np.asarray)
+        return from_blocks(kind, encode(kind, np.asarray(w), columns.get(name)), np.asarray)
 
     return make
 
@@ -212,14 +221,15 @@ def load(
     Raises:
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
-    by_mix = isinstance(quantize, str) and quantize.lower() not in QUANTIZE_TYPES and is_mix(quantize)
-    make = quantizer(quantize) if isinstance(quantize, str) and not by_mix else quantize
-    if imatrix is not None and not by_mix:
+    make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
+    if mix is not None and (mix.lower() in QUANTIZE_TYPES or not is_mix(mix)):
+        make, mix = quantizer(mix), None
+    if imatrix is not None and mix is None:
         raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
     path = locate(model)
     file = open_gguf(path)
-    if isinstance(make, str):
-        make = _by_mix(file, make, imatrix)
+    if mix is not None:
+        make = _by_mix(file, mix, imatrix)
     if make is not None:
         _check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)

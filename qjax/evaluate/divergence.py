@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt16
 
 from qjax.errors import FormatError, QjaxError
-from qjax.evaluate.perplexity import Perplexity, negative_log_likelihood, scored, summarize
+from qjax.evaluate.perplexity import Perplexity, score, scored, summarize
 from qjax.formats.atomic import atomic_file
 from qjax.kernels import Activations
 from qjax.models import ModelConfig
@@ -121,19 +121,17 @@ def save_base(
     Raises:
       QjaxError: the file cannot be written.
     """
-    losses, start = [], time.perf_counter()
     with atomic_file(path) as file:
-        file.write(_HEADER.pack(_MAGIC, chunks.shape[1], config.vocab, len(chunks)))
-        file.write(chunks.astype("<i4").tobytes())
-        for i, (logits, targets) in enumerate(scored(params, config, chunks, bos_id=bos_id, activations=activations)):
+
+        def write(logits: Float[Array, "n vocab"]) -> None:
             head, steps = (np.asarray(part) for part in _packed(logits))
             rows = np.zeros((len(steps), _width(config.vocab)), "<u2")
             rows[:, :4], rows[:, 4 : 4 + config.vocab] = head.astype("<f4").view("<u2"), steps
             file.write(rows.tobytes())
-            losses.append(np.asarray(negative_log_likelihood(logits, targets), np.float64))
-            if progress is not None:
-                progress(i + 1, len(chunks), math.exp(float(np.concatenate(losses).mean())))
-    return summarize(np.concatenate(losses), len(chunks), time.perf_counter() - start)
+
+        file.write(_HEADER.pack(_MAGIC, chunks.shape[1], config.vocab, len(chunks)))
+        file.write(chunks.astype("<i4").tobytes())
+        return score(params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write)
 
 
 class _Compared(NamedTuple):

@@ -71,13 +71,28 @@ def perplexity(
       QjaxError: the text is shorter than one chunk, n_ctx is odd or out of range, or an id is not in the vocabulary.
     """
     cut = chunks_of(config, ids, n_ctx=n_ctx, bos_id=bos_id, chunks=chunks)
+    return score(params, config, cut, bos_id=bos_id, activations=activations, progress=progress)
+
+
+def score(
+    params: dict[str, Any],
+    config: ModelConfig,
+    chunks: Int32[np.ndarray, "chunks n_ctx"],
+    *,
+    bos_id: int | None,
+    activations: Activations,
+    progress: Callable[[int, int, float], None] | None,
+    each: Callable[[Float[Array, "n vocab"]], None] = lambda logits: None,
+) -> Perplexity:
+    """`perplexity` of chunks that are cut already; `each` is given every chunk's logits."""
     losses: list[np.ndarray] = []
     start = time.perf_counter()
-    for i, (logits, targets) in enumerate(scored(params, config, cut, bos_id=bos_id, activations=activations)):
+    for i, (logits, targets) in enumerate(scored(params, config, chunks, bos_id=bos_id, activations=activations)):
+        each(logits)
         losses.append(np.asarray(negative_log_likelihood(logits, targets), np.float64))
         if progress is not None:
-            progress(i + 1, len(cut), math.exp(float(np.concatenate(losses).mean())))
-    return summarize(np.concatenate(losses), len(cut), time.perf_counter() - start)
+            progress(i + 1, len(chunks), math.exp(float(np.concatenate(losses).mean())))
+    return summarize(np.concatenate(losses), len(chunks), time.perf_counter() - start)
 
 
 def chunks_of(

@@ -1,6 +1,7 @@
 """y = x @ dequantize(w).T without the floats, and the small operations around it."""
 
 from qjax.kernels.layout import lay_out as lay_out
+from qjax.kernels.nn import Angles as Angles
 from qjax.kernels.nn import attend as attend
 from qjax.kernels.nn import attention as attention
 from qjax.kernels.nn import attention_mask as attention_mask

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qjax.kernels import Activations, attend, qmatmul, qmatmuls, qtake, rms_norm, rope, rope_angles, swiglu
+from qjax.kernels import Activations, Angles, attend, qmatmul, qmatmuls, qtake, rms_norm, rope, rope_angles, swiglu
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 
@@ -47,7 +47,7 @@ def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: P
 def layer(
     p: Params,
     x: Hidden,
-    angles: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+    angles: Angles,
     positions: Positions,
     cache: LayerCache,
     *,

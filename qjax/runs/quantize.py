@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
+from qjax.api import check_encodable
+from qjax.errors import QjaxError
 from qjax.formats.gguf import GGUFFile, open_gguf
 from qjax.formats.gguf.arrays import FLOAT_TYPES
-from qjax.formats.gguf.imatrix import Importances, read_imatrix
+from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.mixes import file_type
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
 from qjax.models.load import read_array
-from qjax.quantizers.ggml import TYPES, encode
+from qjax.quantizers.ggml import encode
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.runs.console import emit, megabytes, show_table
 
@@ -52,11 +52,7 @@ def plan_file(source: str | Path, wish: Wish, *, requantize: bool = False) -> tu
     tensors = [Planned(name, info.shape, info.type, types[name]) for name, info in file.tensors.items()]
     changed = [tensor for tensor in tensors if tensor.target != tensor.source]
     for tensor in changed:
-        if tensor.target != "F32" and tensor.target not in TYPES:
-            raise UnsupportedError(
-                f"{file.path}: {tensor.name} would become {tensor.target}, which qjax does not make yet; known are "
-                f"{', '.join(TYPES)}"
-            )
+        check_encodable(file.path, tensor.name, tensor.target)
         if tensor.source not in FLOAT_TYPES and not requantize:
             raise QjaxError(
                 f"{file.path}: {tensor.name} is {tensor.source} already: quantize from a float file, or lose twice "
@@ -81,7 +77,8 @@ def quantize_file(
     """
     importances = None if imatrix is None else read_imatrix(imatrix)
     file, tensors = plan_file(source, wish._replace(imatrix=imatrix is not None), requantize=requantize)
-    columns = {} if importances is None else _matched(file.path, tensors, importances)
+    made_anew = {t.name: t.shape for t in tensors if t.target != t.source and t.target not in FLOAT_TYPES}
+    columns = {} if importances is None else importances.matched(file.path, made_anew)
 
     def made(tensor: Planned) -> np.ndarray:
         if tensor.target == tensor.source:
@@ -115,29 +112,6 @@ def _floats(file: GGUFFile, tensor: Planned) -> np.ndarray:
         return floats.astype(np.float32) if tensor.target == "F32" else floats
     array = read_array(file, tensor.name, apply_scale=False)
     return np.asarray(jax.tree.map(jnp.asarray, array).dequantize())
-
-
-def _matched(path: Path, tensors: list[Planned], importances: Importances) -> dict[str, np.ndarray]:
-    """The importance of each weight that is quantized; a warning names those that have none."""
-    found, missing = {}, []
-    for tensor in tensors:
-        if tensor.target == tensor.source or tensor.target in FLOAT_TYPES:
-            continue
-        values = importances.of.get(tensor.name)
-        if values is None:
-            # Of an embedding only rows are looked up: nothing is multiplied with it, unless it is the output too.
-            if tensor.name != "token_embd.weight":
-                missing.append(tensor.name)
-            continue
-        if values.shape != tensor.shape[-1:]:
-            raise QjaxError(
-                f"{path}: {tensor.name} has rows of {tensor.shape[-1]}, its importance is of shape {values.shape}; the "
-                "matrix is of another model"
-            )
-        found[tensor.name] = values
-    for name in missing:
-        warnings.warn(f"{name}: quantized without importance, the matrix has none for it", QjaxWarning, stacklevel=3)
-    return found
 
 
 def facts(tensors: list[Planned]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def attention_in_float64(q: Any, k: Any, v: Any, positions: Any, window: int | N
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("window", [None, 1, 33])
 def test_attention(dtype: Any, window: int | None, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qjax.kernels.native import attention as door
+    from qjax.kernels.native import call as door
 
     monkeypatch.setattr(door, "isa_number", lambda: isa)
     rng = np.random.default_rng(0)
@@ -184,7 +184,8 @@ def test_attention(dtype: Any, window: int | None, isa: int, monkeypatch: pytest
         k, v = make(batch, kv_heads, slots, dim).astype(dtype), make(batch, kv_heads, slots, dim).astype(dtype)
         start = rng.integers(0, slots - seq + 1, (batch, 1))
         positions = jnp.asarray(start + np.arange(seq), jnp.int32)
-        ours = door._call(q, k, v, positions, window=window or 0)
+        attributes = (("window", np.int64(window or 0)),)
+        ours = door._call(library.ATTENTION_TARGET, attributes, q, k, v, positions)
         wanted = attention_in_float64(q, k, v, positions, window)
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
 

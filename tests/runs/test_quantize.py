@@ -100,3 +100,21 @@ def test_while_loading(q4_k_m: Path) -> None:
         qjax.load("embedded", quantize="q4_0", imatrix="i.gguf")
     with pytest.raises(QjaxError, match="does not make yet"):
         qjax.load("embedded", quantize="iq2_xxs")
+
+
+def test_while_loading_by_importance(tmp_path: Path) -> None:
+    """What the matrix does not hold is named, and one of another model is refused, as for a file."""
+    shapes = {name: info.shape for name, info in open_gguf(qjax.load("embedded").source).tensors.items()}
+    known = {name: shape[-1] for name, shape in shapes.items() if len(shape) == 2}
+    del known["blk.1.attn_k.weight"]
+    imatrix = importance_file(tmp_path / "i.gguf", known)
+    with pytest.warns(QjaxWarning, match=r"blk\.1\.attn_k\.weight"):
+        loaded = qjax.load("embedded", quantize="q4_k_m", imatrix=imatrix).params
+    with pytest.warns(QjaxWarning, match=r"blk\.1\.attn_k\.weight"):
+        quantize_file("embedded", tmp_path / "q.gguf", Wish("q4_k_m"), imatrix=imatrix)
+    written = qjax.load(tmp_path / "q.gguf").params
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(written), strict=True):
+        np.testing.assert_array_equal(a, b)
+    wrong = importance_file(tmp_path / "wrong.gguf", {"blk.0.ffn_up.weight": 8})
+    with pytest.raises(QjaxError, match="another model"):
+        qjax.load("embedded", quantize="q4_k_m", imatrix=wrong)

@@ -4,13 +4,15 @@ Source: llama.cpp's tools/imatrix (the GGUF form, `general.type` "imatrix") and 
 """
 
 import struct
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
-from qjax.errors import FormatError
+from qjax.errors import FormatError, QjaxWarning
 from qjax.formats.gguf.container import GGUFFile, open_gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -27,6 +29,31 @@ class Importances(NamedTuple):
     of: dict[str, Float32[np.ndarray, "*matrices n"]]
     chunks: int
     datasets: tuple[str, ...]
+
+    def matched(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Float32[np.ndarray, " n"]]:
+        """The importance of each of the weights (name to shape) of a file that are quantized; a warning names the rest.
+
+        Raises:
+          FormatError: an importance of another length than its weight's rows.
+        """
+        found, missing = {}, []
+        for name, shape in weights.items():
+            values = self.of.get(name)
+            if values is not None and values.shape != shape[-1:]:
+                raise FormatError(
+                    f"{path}: {name} has rows of {shape[-1]}, its importance is of shape {values.shape}; the matrix is "
+                    "of another model"
+                )
+            if values is not None:
+                found[name] = values
+            elif name != "token_embd.weight":
+                # Of an embedding only rows are looked up: nothing is multiplied with it, unless it is the output too.
+                missing.append(name)
+        for name in missing:
+            warnings.warn(
+                f"{name}: quantized without importance, the matrix has none for it", QjaxWarning, stacklevel=3
+            )
+        return found
 
 
 def read_imatrix(path: str | Path) -> Importances:

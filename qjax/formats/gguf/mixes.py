@@ -240,6 +240,17 @@ def _fits(type_name: str, row: int) -> bool:
     return row % GGML_TYPES[type_name].block_size == 0
 
 
+def fitting(type_name: str, row: int) -> str:
+    """The type, or what llama-quantize puts in its place for rows that its blocks do not divide."""
+    return next((kind for kind in (type_name, FALLBACK.get(type_name, "F16")) if _fits(kind, row)), "F16")
+
+
+def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a mix decides over this tensor: not over vectors, norms and expert gates."""
+    found = _NAME.fullmatch(name)
+    return found is not None and len(shape) >= 2 and not found[2].endswith("_norm") and found[2] != "ffn_gate_inp"
+
+
 def _by_rules(mix: Mix, role: str, row: int, place: Place, tied: bool) -> str:
     """Type by role and layer, before the row length is considered."""
     if role == "output" or (tied and role == "token_embd"):
@@ -273,14 +284,10 @@ def tensor_type(
     """
     table = mix_of(mix)
     found = _NAME.fullmatch(name)
-    if found is None or len(shape) < 2 or found[2].endswith("_norm") or found[2] == "ffn_gate_inp":
+    if found is None or not is_quantizable(name, shape):
         return "F32"
     if table.base in ("F32", "F16", "BF16"):
         return table.base
     row = shape[-1]
     place = Place(-1 if found[1] is None else int(found[1]), layers, gqa, imatrix)
-    chosen = _by_rules(table, found[2], row, place, tied)
-    if _fits(chosen, row):
-        return chosen
-    chosen = FALLBACK.get(chosen, "F16")
-    return chosen if _fits(chosen, row) else "F16"
+    return fitting(_by_rules(table, found[2], row, place, tied), row)

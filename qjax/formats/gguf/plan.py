@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qjax.errors import QjaxError
 from qjax.formats.gguf.container import GGUFFile
-from qjax.formats.gguf.mixes import FALLBACK, mix_of, tensor_type
+from qjax.formats.gguf.mixes import fitting, is_quantizable, mix_of, tensor_type
 from qjax.formats.gguf.types import GGML_TYPES
 
 
@@ -62,14 +62,6 @@ def _number(metadata: Mapping[str, Any], key: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def _fitting(kind: str, row: int) -> str:
-    """The type, or what llama-quantize puts in its place for rows that its blocks do not divide."""
-    for candidate in (kind, FALLBACK.get(kind, "F16")):
-        if row % GGML_TYPES[candidate].block_size == 0:
-            return candidate
-    return "F16"
-
-
 def plan(file: GGUFFile, wish: Wish) -> dict[str, str]:
     """The type of each tensor in the quantized file; vectors, norms and the like keep theirs.
 
@@ -83,11 +75,10 @@ def plan(file: GGUFFile, wish: Wish) -> dict[str, str]:
     tied = "output.weight" not in file.tensors
     types = {}
     for name, info in file.tensors.items():
-        kind = tensor_type(wish.mix, name, info.shape, layers=layers, gqa=gqa, tied=tied, imatrix=wish.imatrix)
-        if kind == "F32":
-            # Not one that is ever quantized.
+        if not is_quantizable(name, info.shape):
             types[name] = info.type
             continue
+        kind = tensor_type(wish.mix, name, info.shape, layers=layers, gqa=gqa, tied=tied, imatrix=wish.imatrix)
         types[name] = _wished(name, info.shape[-1], kind, base, wish)
     return types
 
@@ -101,5 +92,5 @@ def _wished(name: str, row: int, by_mix: str, base: str, wish: Wish) -> str:
         return base
     found = next((kind for pattern, kind in wish.overrides if re.search(pattern, name)), None)
     if found is not None:
-        return _fitting(type_named(found), row)
-    return _fitting(base, row) if wish.pure else by_mix
+        return fitting(type_named(found), row)
+    return fitting(base, row) if wish.pure else by_mix

@@ -42,6 +42,9 @@ def test_the_mix(file: GGUFFile) -> None:
     assert types(file, Wish("q2_k")) == ["Q2_K", "F32", "Q4_K", "Q4_0", "Q2_K", "Q6_K"]
     assert types(file, Wish("Q4_K_M")) == ["Q4_K", "F32", "Q6_K", "Q8_0", "Q4_K", "Q6_K"]
     assert types(file, Wish("f16")) == ["F16", "F32", "F16", "F16", "F16", "F16"]
+    halves = [TensorToWrite("output.weight", (8, 256), "F16", np.zeros(4096, np.uint8))]
+    write_gguf(file.path.with_name("h.gguf"), file.metadata, halves)
+    assert types(open_gguf(file.path.with_name("h.gguf")), Wish("f32")) == ["F32"]
 
 
 def test_pure(file: GGUFFile) -> None:

@@ -167,8 +167,8 @@ struct Job {
 
   void Fit(const Inputs& in) {
     const int64_t each = Each();
-    // A panel holds bytes, whatever the codes were.
     if (raw && minimum) SumGroups(in);
+    // A panel holds bytes, whatever the codes were.
     const int32_t by = (Wide(form) || !in.fused ? in.table->wide_bias : 0) - Offset(*w);
     for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
       const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first;
@@ -248,17 +248,20 @@ struct Job {
     const uint16_t *raw, *raw_low;
   };
 
+  // Whether the product reads the integers of two levels as they are.
+  bool Sub(const Inputs& in) const { return in.int8 && SubBytes(w->scale_kind); }
+
   ScaleForm FormOfScales(const Inputs& in) const {
-    if (in.int8 && SubBytes(w->scale_kind)) return halves ? kSubEachHalfStep : kSubEachStep;
+    if (Sub(in)) return halves ? kSubEachHalfStep : kSubEachStep;
     return halves ? kEachHalfStep : kEachStep;
   }
 
   void Read(const Inputs& in, int64_t tile, int64_t step, int64_t n, Stretch* to) const {
-    if (!in.int8 || !SubBytes(w->scale_kind)) {
+    if (!Sub(in)) {
       Scales(in, tile, step, n, to->scale, to->low);
       return;
     }
-    const int64_t each = halves ? 2 : 1, block = (tile * steps + step) * kStep / kSuperBlock * kLanes;
+    const int64_t each = Each(), block = (tile * steps + step) * kStep / kSuperBlock * kLanes;
     in.table->sub_scales(*w, Groups(*w), tile, step * each, n * each, to->sub, to->sub_low);
     to->raw = static_cast<const uint16_t*>(w->scale) + block;
     to->raw_low = minimum ? static_cast<const uint16_t*>(w->minimum) + block : nullptr;
@@ -270,7 +273,7 @@ struct Job {
     const auto& products = in.int8 ? in.table->int8_product[as] : in.table->float_product[as];
     products[FormOfScales(in)][rows.rows - 1](codes, n, rows, {read.scale, read.raw, read.sub, nullptr, 0}, Bias(*w), sums);
     if (!minimum) return;
-    if (in.int8 && SubBytes(w->scale_kind)) {
+    if (Sub(in)) {
       const int64_t blocks = n * kStep / kSuperBlock;
       in.table->sub_minimum[rows.rows - 1](blocks, static_cast<int>(n * each / blocks), rows, read.raw_low, read.sub_low, sums);
     } else {
