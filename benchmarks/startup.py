@@ -17,8 +17,8 @@ CHILD = """
 import re, sys
 import jax
 import qjax
-from qjax.cli import _cache_compilations
-_cache_compilations()
+from qjax.cli import cache_compilations
+cache_compilations()
 model = qjax.load(sys.argv[1])
 jax.block_until_ready(model.params)
 status = open("/proc/self/status").read()

@@ -276,14 +276,14 @@ def test_demo(run_json: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["completion"]
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", cli.parser_and_commands()[1])
 def test_help_shows_an_example_that_is_a_command(run: Any, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0
     _, _, example = result.out.partition("example:\n")
     words = shlex.split(example)
     assert words[:2] == ["qjax", command]
-    assert cli._parser().parse_args(words[1:]).command == command
+    assert cli.parser_and_commands()[0].parse_args(words[1:]).command == command
     assert re.search(rf"\n    {command}\s", run("--help").out)
 
 
@@ -319,7 +319,7 @@ def test_where_compiled_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
         told.clear()
         monkeypatch.setenv("QJAX_CACHE", name)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        cli._cache_compilations()
+        cli.cache_compilations()
         assert told.get("jax_compilation_cache_dir") == (folder and str(folder / "xla"))
 
 

@@ -1,0 +1,100 @@
+"""The commands that take or make text: generate, chat, tokenize."""
+
+import argparse
+from typing import Any
+
+from qjax.cli.arguments import Commands, add_compute, add_json, natural, number, positive
+from qjax.errors import QjaxError
+
+
+def add(commands: Commands) -> None:
+    """Their arguments."""
+    sub = commands.add(
+        "generate", "Continue a prompt.", 'qjax generate embedded -p "def main(" -n 48 --temperature 0', _generate
+    )
+    sub.add_argument("-p", "--prompt", help="the text to continue")
+    sub.add_argument("-f", "--file", help="read the prompt from a file ('-': standard input)")
+    sub.add_argument("--echo", action="store_true", help="print the prompt too")
+    _add_sampling(sub)
+    add_compute(sub)
+    add_json(sub)
+
+    sub = commands.add(
+        "chat", "Talk with a model, by its chat template.", "qjax chat model.gguf --system 'Be brief.'", _chat
+    )
+    sub.add_argument("--system", help="the system message")
+    _add_sampling(sub)
+    add_compute(sub)
+
+    sub = commands.add(
+        "tokenize", "Token ids of a text.", "qjax tokenize embedded --file README.md --json", _tokenize, compiles=False
+    )
+    sub.add_argument("-p", "--prompt", help="the text")
+    sub.add_argument("--file", help="a UTF-8 file ('-': standard input)")
+    sub.add_argument("--bos", action="store_true", help="put BOS first, if the vocabulary has one")
+    sub.add_argument("--special", action="store_true", help="read the text of control tokens as these tokens")
+    add_json(sub)
+
+
+def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("-n", "--max-tokens", type=positive, help="default: 128, or what the context leaves")
+    sub.add_argument("--temperature", type=number, default=0.8, help="0 is greedy; default: 0.8")
+    sub.add_argument("--top-k", type=natural, default=0, help="default: 0, all")
+    sub.add_argument("--top-p", type=number, default=1.0, help="default: 1, all")
+    sub.add_argument("--min-p", type=number, default=0.0, help="default: 0, all")
+    sub.add_argument("--repetition-penalty", type=number, default=1.0, help="default: 1, none")
+    sub.add_argument("--seed", type=natural, default=0)
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    from qjax.runs.texts import read_text
+
+    if (args.prompt is None) == (args.file is None):
+        raise QjaxError("give the text by -p TEXT or by --file FILE, one of them")
+    return args.prompt if args.file is None else read_text(args.file)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "activations",
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+    from qjax.runs.console import console, emit_json
+
+    prompt = _prompt(args)
+    model = texts.open_model(args.model, quantize=args.quantize)
+    result = texts.generate(model, prompt, as_json=args.json, echo=args.echo, **_sampling(args))
+    if args.json:
+        emit_json(result)
+    else:
+        facts = [f"{len(result['ids'])} tokens"]
+        # Of two tokens no speed is known.
+        if result["tokens_per_second"]:
+            facts.append(f"{result['tokens_per_second']:.1f} tokens/s")
+        facts.append(f"first after {result['first_token_seconds']:.2f} s")
+        console.print(f"[{', '.join(facts)}]", style="dim", markup=False)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+
+    texts.chat(texts.open_model(args.model, quantize=args.quantize), args.system, **_sampling(args))
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    from qjax.runs.texts import tokenize
+
+    tokenize(args.model, _prompt(args), bos=args.bos, parse_special=args.special, as_json=args.json)
