@@ -1,0 +1,1 @@
+"""A model over text, keeping what quantizers need to know."""

@@ -1,0 +1,158 @@
+"""How much a change of each weight changes what a model predicts: the diagonal of its Fisher information.
+
+To second order a change dW of the weights costs a KL divergence of 1/2 dW^T F dW to the model as it was, where F is the
+mean of G G^T over gradients G = d log p(y) / dW at next tokens y that are drawn from the model's own predictions (Amari
+1998; Martens 2020, "New insights and perspectives on the natural gradient method"). Of F the diagonal is kept, which is
+all that counts for rounding errors that are independent of one another, and of a matrix' diagonal its sums along rows
+and columns: F[o, i] ~ rows[o] columns[i] / sum(rows) (as Adafactor keeps second moments; Shazeer & Stern 2018).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32, PRNGKeyArray
+
+from qjax.arrays import QuantizedArray
+from qjax.errors import QjaxError
+from qjax.kernels import rms_norm, rope_angles
+from qjax.models import ModelConfig
+from qjax.models.forward import embed, layer
+from qjax.models.load import MATRICES
+
+
+class Fisher(NamedTuple):
+    """Of one matrix [out, in], a token: the sums of F's diagonal along its rows and its columns."""
+
+    rows: Float64[np.ndarray, " out"]
+    columns: Float64[np.ndarray, " in"]
+
+
+def divergence_of(
+    fisher: Fisher, error: Float[Array | np.ndarray, "rows in"], at: Int[np.ndarray, " rows"] | None = None
+) -> float:
+    """The KL divergence, in nats a token, that this error of a matrix is expected to cost.
+
+    Args:
+      error: quantized less true weights, of all rows, or of those that `at` names.
+      at: rows drawn in proportion to `fisher.rows`, with repetition.
+    """
+    columns = jnp.asarray(fisher.columns, jnp.float32)
+    per_row = np.asarray((jnp.square(jnp.asarray(error, jnp.float32)) * columns[None]).sum(-1), np.float64)
+    total = float(fisher.rows.sum())
+    if not total:
+        return 0.0
+    mean = float(per_row.mean()) if at is not None else float(fisher.rows @ per_row) / total
+    return 0.5 * mean
+
+
+def _float32(weight: Any) -> Float32[Array, "out in"]:
+    return weight.dequantize() if isinstance(weight, QuantizedArray) else weight.astype(jnp.float32)
+
+
+def _marginals(gradient: Float32[Array, "out in"]) -> tuple[Any, Any]:
+    square = jnp.square(gradient)
+    return square.sum(1), square.sum(0)
+
+
+@partial(jax.jit, static_argnames="config")
+def _through_layer(p: Any, x: Any, dy: Any, angles: Any, positions: Any, *, config: ModelConfig) -> Any:
+    """Gradient of a layer's input, and the marginals of each of its matrices."""
+    rest = {name: value for name, value in p.items() if name not in MATRICES}
+
+    def run(weights: Any, x: Any) -> Any:
+        return layer(rest | weights, x, angles, positions, None, config=config)[0]
+
+    _, pull = jax.vjp(run, {name: _float32(p[name]) for name in MATRICES}, x)
+    gradients, dx = pull(dy)
+    return dx, {name: _marginals(gradient) for name, gradient in gradients.items()}
+
+
+@partial(jax.jit, static_argnames="config")
+def _through_head(ends: Any, x: Float32[Array, "1 seq hidden"], key: PRNGKeyArray, *, config: ModelConfig) -> Any:
+    """Draws the next tokens; gradient of the last layer's output, and the output matrix' marginals."""
+    weight = _float32(ends.get("output", ends["token_embd"]))
+    normed, pull = jax.vjp(lambda x: rms_norm(x, ends["output_norm"], config.norm_eps), x)
+    h = normed[0]
+    logits = h @ weight.T
+    drawn = jax.random.categorical(key, logits)
+    d = jax.nn.one_hot(drawn, weight.shape[0], dtype=jnp.float32) - jax.nn.softmax(logits)
+    # The gradient is d^T h, [vocab, hidden]; the sums of its squares need only the products of positions.
+    rows = (d * ((h @ h.T) @ d)).sum(0)
+    columns = (h * ((d @ d.T) @ h)).sum(0)
+    return pull((d @ weight)[None])[0], (rows, columns)
+
+
+def fisher(
+    params: dict[str, Any],
+    config: ModelConfig,
+    chunks: Int32[np.ndarray, "chunks seq"],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Fisher]:
+    """The Fisher information of every matrix, by its name in a GGUF file, a token of the chunks.
+
+    One chunk at a time: its layers' inputs are held, and of one layer the weights and their gradients in float32.
+
+    Args:
+      params, config: of a float model (a packed one is dequantized layer by layer).
+      chunks: token ids, each chunk a text of its own; a few thousand tokens are enough.
+      seed: of the tokens that are drawn.
+      progress: called as (chunks done, chunks).
+
+    Raises:
+      QjaxError: no chunk.
+    """
+    if not chunks.size:
+        raise QjaxError("expected at least one chunk of tokens")
+    sums: dict[str, Fisher] = {}
+    for i, chunk in enumerate(chunks):
+        for name, rows, columns in _of_chunk(params, config, chunk, jax.random.key(seed + i)):
+            before = sums.get(name)
+            rows, columns = np.asarray(rows, np.float64), np.asarray(columns, np.float64)
+            sums[name] = Fisher(rows, columns) if before is None else Fisher(before[0] + rows, before[1] + columns)
+        progress(i + 1, len(chunks))
+    return {name: Fisher(rows / chunks.size, columns / chunks.size) for name, (rows, columns) in sums.items()}
+
+
+def _of_chunk(
+    params: dict[str, Any], config: ModelConfig, chunk: Int32[np.ndarray, " seq"], key: PRNGKeyArray
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name, sums along rows, sums along columns); a matrix that serves at both ends comes twice."""
+    tokens = jnp.asarray(chunk)[None]
+    positions = jnp.arange(chunk.size, dtype=jnp.int32)[None]
+    angles = rope_angles(positions, params["rope"])
+    inputs = [embed({"token_embd": params["token_embd"]}, tokens)]
+    for p in params["layers"]:
+        inputs.append(layer(p, inputs[-1], angles, positions, None, config=config)[0])
+    ends = {name: params[name] for name in ("token_embd", "output", "output_norm") if name in params}
+    dx, found = _through_head(ends, inputs.pop(), key, config=config)
+    yield ("output.weight" if "output" in params else "token_embd.weight"), *found
+    for i in reversed(range(config.layers)):
+        dx, of_layer = _through_layer(params["layers"][i], inputs.pop(), dx, angles, positions, config=config)
+        for name, found in of_layer.items():
+            yield f"blk.{i}.{name}.weight", *found
+    # Of the embedding only the rows of tokens that are there have a gradient.
+    seen, at = np.unique(chunk, return_inverse=True)
+    gradient = np.zeros((seen.size, config.hidden), np.float64)
+    np.add.at(gradient, at, np.asarray(dx[0], np.float64))
+    rows = np.zeros(config.vocab)
+    rows[seen] = np.square(gradient).sum(1)
+    yield "token_embd.weight", rows, np.square(gradient).sum(0)
+
+
+def drawn_rows(fisher: Fisher, count: int, seed: int = 0) -> Int[np.ndarray, " count"]:
+    """So many rows, drawn in proportion to `fisher.rows`, for `divergence_of`; sorted."""
+    share = fisher.rows / fisher.rows.sum()
+    return np.sort(np.random.default_rng(seed).choice(share.size, count, p=share))
+
+
+def as_importances(fishers: Mapping[str, Fisher]) -> dict[str, Float32[np.ndarray, " in"]]:
+    """The columns, with a mean of one: what an encoder may weight each column's error by."""
+    return {
+        name: np.asarray(f.columns / f.columns.mean(), np.float32) for name, f in fishers.items() if f.columns.any()
+    }
