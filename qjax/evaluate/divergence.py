@@ -116,7 +116,7 @@ def save_base(
     activations: Activations = "float",
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Write a model's log-probabilities on `chunks` (`perplexity.chunks_of`), whole or not at all.
+    """Write a model's log-probabilities on `chunks` (`models.chunks.chunks_of`), whole or not at all.
 
     Raises:
       QjaxError: the file cannot be written.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from qjax.errors import QjaxError
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, forward
+from qjax.models.chunks import begun, chunks_of
 
 
 class Perplexity(NamedTuple):
@@ -95,35 +95,6 @@ def score(
     return summarize(np.concatenate(losses), len(chunks), time.perf_counter() - start)
 
 
-def chunks_of(
-    config: ModelConfig, ids: Sequence[int] | np.ndarray, *, n_ctx: int, bos_id: int | None, chunks: int | None
-) -> Int32[np.ndarray, "chunks n_ctx"]:
-    """The chunks of a text that are looked at; their first tokens are not replaced yet.
-
-    Raises:
-      QjaxError: see `perplexity`.
-    """
-    if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
-        raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")
-    wide = np.asarray(ids, np.int64)
-    used = wide if bos_id is None else np.append(wide, bos_id)
-    # A gather would give NaN for these.
-    unknown = used[(used < 0) | (used >= config.vocab)]
-    if unknown.size:
-        raise QjaxError(
-            f"token id {unknown[0]} is not in the model's vocabulary of {config.vocab}: "
-            "the tokenizer is not this model's"
-        )
-    tokens = wide.astype(np.int32)
-    available = len(tokens) // n_ctx
-    if available < 1:
-        raise QjaxError(f"the text has {len(tokens)} tokens, fewer than one chunk of {n_ctx}: give a longer one")
-    if chunks is not None and chunks < 1:
-        raise QjaxError(f"expected at least one chunk, got {chunks}")
-    count = available if chunks is None else min(chunks, available)
-    return tokens[: count * n_ctx].reshape(count, n_ctx)
-
-
 def scored(
     params: dict[str, Any],
     config: ModelConfig,
@@ -136,9 +107,6 @@ def scored(
     n_ctx = chunks.shape[1]
     first = n_ctx // 2
     at = jnp.arange(first, n_ctx - 1, dtype=jnp.int32)[None]
-    for chunk in chunks:
-        shown = chunk.copy()
-        if bos_id is not None:
-            shown[0] = bos_id
+    for chunk, shown in zip(chunks, begun(chunks, bos_id), strict=True):
         logits, _ = forward(params, config, jnp.asarray(shown)[None], logits_at=at, activations=activations)
         yield logits[0], jnp.asarray(chunk[first + 1 :])

@@ -3,8 +3,12 @@
 `forward` may be jitted as a whole; called plainly, it runs one compiled program a kind of layer (layers of the same
 shapes and types share it), with each layer's cache donated and updated in place. That is how `generate` runs it:
 few and small compilations, whatever the depth.
+
+Who needs more than logits (what quantizers are calibrated with) walks the layers as `forward` does: `begin`, then
+`layer` by `layer`, with a `Tap` on what the weights are multiplied with.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +25,10 @@ Params = dict[str, Any]
 Hidden = Float[Array, "batch seq hidden"]
 Positions = Int[Array, "batch seq"]
 LayerCache = tuple[Any, Any] | None
+# tap(names, x) is given the input x [batch, seq, in] that the weights of these names share, and gives what to keep
+# of it: any pytree, None for nothing. It is compiled into the layer: pure, and one and the same function in each call.
+Tap = Callable[[tuple[str, ...], Any], Any]
+Tapped = dict[tuple[str, ...], Any]
 
 
 def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
@@ -43,7 +51,7 @@ def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: P
     return cache.at[rows, :, positions].set(new, mode="drop")
 
 
-@partial(jax.jit, static_argnames=("config", "activations"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "activations", "tap"), donate_argnames=("cache",))
 def layer(
     p: Params,
     x: Hidden,
@@ -53,11 +61,23 @@ def layer(
     *,
     config: ModelConfig,
     activations: Activations = "float",
-) -> tuple[Hidden, LayerCache]:
-    """One decoder layer: attention and SwiGLU, each on a normed input, each added to x."""
+    tap: Tap | None = None,
+) -> tuple[Hidden, LayerCache, Tapped]:
+    """One decoder layer: attention and SwiGLU, each on a normed input, each added to x.
+
+    Returns:
+      x, the cache, and of each input of a product what `tap` keeps of it, by the names of the weights: those of p.
+    """
+    tapped: Tapped = {}
+
+    def project(x: Hidden, *names: str) -> list[Any]:
+        if tap is not None:
+            tapped[names] = tap(names, x)
+        return _project(x, p, names, activations)
+
     batch, seq, _ = x.shape
     h = rms_norm(x, p["attn_norm"], config.norm_eps)
-    q, k, v = _project(h, p, ("attn_q", "attn_k", "attn_v"), activations)
+    q, k, v = project(h, "attn_q", "attn_k", "attn_v")
     q = q.reshape(batch, seq, config.heads, config.head_dim)
     k = k.reshape(batch, seq, config.kv_heads, config.head_dim)
     v = v.reshape(batch, seq, config.kv_heads, config.head_dim)
@@ -70,16 +90,24 @@ def layer(
         keys, values = _store(cache[0], k, positions), _store(cache[1], v, positions)
         cache = (keys, values)
     a = attend(q, keys, values, positions, config.window).reshape(batch, seq, config.heads * config.head_dim)
-    x = x + _project(a, p, ("attn_output",), activations)[0]
+    x = x + project(a, "attn_output")[0]
     h = rms_norm(x, p["ffn_norm"], config.norm_eps)
-    gate, up = _project(h, p, ("ffn_gate", "ffn_up"), activations)
-    return x + _project(swiglu(gate, up), p, ("ffn_down",), activations)[0], cache
+    gate, up = project(h, "ffn_gate", "ffn_up")
+    return x + project(swiglu(gate, up), "ffn_down")[0], cache, tapped
 
 
 @jax.jit
 def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Hidden:
     """float32 embeddings of tokens."""
     return qtake(params["token_embd"], tokens)
+
+
+def begin(
+    params: Params, tokens: Int[Array, "batch seq"], start: Int[Array, " batch"]
+) -> tuple[Hidden, Angles, Positions]:
+    """What the first layer is given of tokens whose first ones stand at positions `start`."""
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return embed({"token_embd": params["token_embd"]}, tokens), rope_angles(positions, params["rope"]), positions
 
 
 @partial(jax.jit, static_argnames=("config", "activations"))
@@ -125,13 +153,11 @@ def forward(
     """
     batch, seq = tokens.shape
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-    positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
-    angles = rope_angles(positions, params["rope"])
-    x = embed({"token_embd": params["token_embd"]}, tokens)
+    x, angles, positions = begin(params, tokens, start)
     keys, values = [], []
     for i, p in enumerate(params["layers"]):
         held = None if cache is None else (cache.keys[i], cache.values[i])
-        x, held = layer(p, x, angles, positions, held, config=config, activations=activations)
+        x, held, _ = layer(p, x, angles, positions, held, config=config, activations=activations)
         if held is not None:
             keys.append(held[0])
             values.append(held[1])

@@ -96,7 +96,7 @@ def quantize_file(
     if importances is not None:
         metadata |= {
             "quantize.imatrix.file": str(imatrix),
-            "quantize.imatrix.entries_count": len(importances.of),
+            "quantize.imatrix.entries_count": len(importances.sums),
             "quantize.imatrix.chunks_count": importances.chunks,
         }
         if importances.datasets:

@@ -13,9 +13,10 @@ from qjax import api
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
 from qjax.evaluate.divergence import divergence, read_base, save_base
-from qjax.evaluate.perplexity import Perplexity, chunks_of
+from qjax.evaluate.perplexity import Perplexity
 from qjax.formats.gguf import open_gguf
 from qjax.formats.locate import locate
+from qjax.models.chunks import chunks_of
 from qjax.runs.console import console, emit, emit_json, progress_bar
 
 

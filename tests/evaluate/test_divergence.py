@@ -13,8 +13,8 @@ import qjax
 from qjax.errors import FormatError
 from qjax.evaluate import perplexity
 from qjax.evaluate.divergence import divergence, read_base, save_base
-from qjax.evaluate.perplexity import chunks_of
 from qjax.models import forward
+from qjax.models.chunks import chunks_of
 
 CTX = 64
 

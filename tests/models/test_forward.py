@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from qjax.arrays import QuantizedArray, memory, partition
 from qjax.formats.gguf import open_gguf
-from qjax.kernels import rope_angles
+from qjax.kernels import qmatmul, rms_norm, rope_angles, swiglu
 from qjax.models import ModelConfig, forward, init_cache, load_gguf
-from qjax.models.forward import layer
+from qjax.models.forward import begin, layer
+from qjax.models.load import MATRICES
 
 TOLERANCE = 1e-5
 Model = tuple[dict[str, Any], ModelConfig]
@@ -211,3 +212,39 @@ def test_a_layer_never_holds_a_float_copy_of_a_weight(write_model: Any, rows: in
     )
     copy, activations = 4 * memory(p["ffn_up"]).parameters, 4 * rows * config.ffn
     assert used.temp_size_in_bytes < copy / 2 + 4 * activations
+
+
+def test_a_tap_sees_what_the_weights_are_multiplied_with(small: Model) -> None:
+    """Their products with it, added up, are the layer; the layer is the same without it."""
+    params, config = small
+    p = params["layers"][1]
+    x, angles, positions = begin(params, ids(2, 6), jnp.zeros(2, jnp.int32))
+    keep: Any = lambda names, seen: seen
+    plain, _, nothing = layer(p, x, angles, positions, None, config=config)
+    y, _, tapped = layer(p, x, angles, positions, None, config=config, tap=keep)
+    assert nothing == {}
+    np.testing.assert_array_equal(y, plain)
+    assert sorted(name for names in tapped for name in names) == sorted(MATRICES)
+    inputs = {name: seen for names, seen in tapped.items() for name in names}
+    product = lambda name: qmatmul(inputs[name], p[name])
+    attended = x + product("attn_output")
+    assert worst(y, attended + product("ffn_down")) < TOLERANCE
+    assert worst(inputs["attn_q"], rms_norm(x, p["attn_norm"], config.norm_eps)) < TOLERANCE
+    assert worst(inputs["ffn_up"], rms_norm(attended, p["ffn_norm"], config.norm_eps)) < TOLERANCE
+    assert worst(inputs["ffn_down"], swiglu(product("ffn_gate"), product("ffn_up"))) < TOLERANCE
+
+
+def test_a_tap_keeps_what_it_likes(floats: Model) -> None:
+    """Any tree of each input, or nothing."""
+    params, config = floats
+    x, angles, positions = begin(params, ids(2, 6), jnp.zeros(2, jnp.int32))
+
+    def hessian(names: tuple[str, ...], seen: Any) -> Any:
+        flat = seen.reshape(-1, seen.shape[-1])
+        return {"hessian": flat.T @ flat, "rows": jnp.int32(flat.shape[0])} if names == ("ffn_down",) else None
+
+    _, _, tapped = layer(params["layers"][0], x, angles, positions, None, config=config, tap=hessian)
+    kept = {names: seen for names, seen in tapped.items() if seen is not None}
+    assert kept.keys() == {("ffn_down",)}
+    assert kept["ffn_down",]["hessian"].shape == (config.ffn, config.ffn)
+    assert kept["ffn_down",]["rows"] == 12

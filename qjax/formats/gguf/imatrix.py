@@ -5,30 +5,41 @@ Source: llama.cpp's tools/imatrix (the GGUF form, `general.type` "imatrix") and 
 
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from qjax.errors import FormatError, QjaxWarning
+from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.container import GGUFFile, open_gguf
+from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 1 << 12
 
 
 class Importances(NamedTuple):
-    """What a file says.
+    """What a file says, by the weight's name.
 
-    of: float32 [in_features] by the weight's name, or [matrices, in_features] of stacked experts. chunks: of text that
-    were looked at; datasets: their names.
+    sums: of the squares in each column, [in_features], or [matrices, in_features] of stacked experts; float32, or
+      float64 of a calibration that is under way.
+    counts: how many rows were summed, [] or [matrices]; of a .dat file chunks.
+    chunks: of text that were looked at, of chunk_size tokens each (0 if the file does not say); datasets: their names.
     """
 
-    of: dict[str, Float32[np.ndarray, "*matrices n"]]
+    sums: dict[str, Float[np.ndarray, "*matrices n"]]
+    counts: dict[str, Float[np.ndarray, "*matrices"]]
     chunks: int
+    chunk_size: int
     datasets: tuple[str, ...]
+
+    @property
+    def of(self) -> dict[str, Float32[np.ndarray, "*matrices n"]]:
+        """The mean squares."""
+        return {name: (sums / self.counts[name][..., None]).astype(np.float32) for name, sums in self.sums.items()}
 
     def matched(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Float32[np.ndarray, " n"]]:
         """The importance of each of the weights (name to shape) of a file that are quantized; a warning names the rest.
@@ -69,38 +80,101 @@ def read_imatrix(path: str | Path) -> Importances:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = _from_gguf(open_gguf(path)) if magic == b"GGUF" else _from_dat(path)
-    for name, values in found.of.items():
-        if not np.isfinite(values).all() or (values < 0).any():
+    for name, sums in found.sums.items():
+        if not np.isfinite(sums).all() or (sums < 0).any():
             raise FormatError(f"{path}: the importance of {name} has numbers that are negative or not finite")
-    if not found.of:
+    if not found.sums:
         raise FormatError(f"{path}: there is no importance in it; expected tensors NAME{_SUMS} and NAME{_COUNTS}")
     return found
+
+
+def write_imatrix(
+    path: str | Path, importances: Importances, *, exact: bool = False, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write llama-imatrix's GGUF form, atomically: of the same numbers the same bytes.
+
+    Args:
+      exact: float64 sums as F64, which qjax reads and llama.cpp does not; else all sums are rounded to F32.
+      metadata: more keys, after llama.cpp's.
+
+    Raises:
+      QjaxError: see `write_gguf`.
+    """
+    tensors = []
+    for name in sorted(importances.sums):
+        sums, counts = importances.sums[name], importances.counts[name][..., None]
+        kept = sums if exact and sums.dtype == np.float64 else sums.astype(np.float32)
+        for suffix, values in ((_SUMS, kept), (_COUNTS, counts.astype(np.float32))):
+            kind = "F64" if values.dtype == np.float64 else "F32"
+            tensors.append(
+                TensorToWrite(name + suffix, values.shape, kind, np.ascontiguousarray(values).view(np.uint8))
+            )
+    keys = {
+        "general.type": "imatrix",
+        "imatrix.datasets": list(importances.datasets),
+        "imatrix.chunk_count": importances.chunks,
+        "imatrix.chunk_size": importances.chunk_size,
+    }
+    write_gguf(path, {**keys, **(metadata or {})}, tensors)
+
+
+def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
+    """The importances of all their texts together: sums and counts are added.
+
+    Args:
+      chunk_size: tokens of a chunk, of files that do not say it (.dat) and of the result.
+
+    Raises:
+      FormatError: two have a weight of this name with other columns.
+    """
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    for part in parts:
+        # What a file counts in chunks is counted in tokens here.
+        each = 1 if part.chunk_size else chunk_size
+        for name, values in part.sums.items():
+            more, count = values.astype(np.float64) * each, part.counts[name].astype(np.float64) * each
+            if name in sums and sums[name].shape != more.shape:
+                raise FormatError(
+                    f"{name}: importances of shapes {sums[name].shape} and {more.shape} are of two models: merge those "
+                    "of one"
+                )
+            sums[name] = sums[name] + more if name in sums else more
+            counts[name] = counts[name] + count if name in counts else count
+    most = max((int(count.max()) for count in counts.values()), default=0)
+    datasets = tuple(dataset for part in parts for dataset in part.datasets)
+    return Importances(sums, counts, most // chunk_size, chunk_size, datasets)
 
 
 def _from_gguf(file: GGUFFile) -> Importances:
     if file.metadata.get("general.type") != "imatrix":
         raise FormatError(f"{file.path}: is no importance matrix (its general.type is not 'imatrix')")
-    of = {}
+    sums, counts = {}, {}
     for name in file.tensors:
         if not name.endswith(_SUMS):
             continue
         weight = name.removesuffix(_SUMS)
-        sums, counts = _floats(file, name), _floats(file, weight + _COUNTS)
-        counts = counts.reshape(*sums.shape[:-1], 1) if counts.size == sums[..., 0].size else counts
-        if counts.shape != (*sums.shape[:-1], 1):
-            raise FormatError(f"{file.path}: {weight}{_COUNTS} has {counts.size} numbers, expected one a matrix")
-        if (counts > 0).all():
-            of[weight] = np.ascontiguousarray(np.squeeze(sums / counts))
-    datasets = file.metadata.get("imatrix.datasets", [])
-    chunks: Any = file.metadata.get("imatrix.chunk_count", 0)
-    return Importances(of, chunks if isinstance(chunks, int) else 0, tuple(map(str, datasets)))
+        found, count = _floats(file, name, "F32", "F64"), _floats(file, weight + _COUNTS, "F32")
+        found = found[0] if found.ndim == 2 and len(found) == 1 else found
+        if count.size != found[..., 0].size:
+            raise FormatError(f"{file.path}: {weight}{_COUNTS} has {count.size} numbers, expected one a matrix")
+        if (count > 0).all():
+            sums[weight], counts[weight] = found, count.reshape(found.shape[:-1])
+    datasets: Any = file.metadata.get("imatrix.datasets", [])
+    datasets = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
+    chunks, size = (file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))
+    chunks, size = (number if isinstance(number, int) else 0 for number in (chunks, size))
+    return Importances(sums, counts, chunks, size, datasets)
 
 
-def _floats(file: GGUFFile, name: str) -> np.ndarray:
+def _floats(file: GGUFFile, name: str, *kinds: str) -> np.ndarray:
     info = file.info(name)
-    if info.type != "F32" or info.nbytes == 0:
-        raise FormatError(f"{file.path}: tensor {name}: expected some F32, got {info.type} of shape {info.shape}")
-    return file.raw(name).view(np.float32)
+    if info.type not in kinds or info.nbytes == 0:
+        expected = " or ".join(kinds)
+        raise FormatError(
+            f"{file.path}: tensor {name}: expected some {expected}, got {info.type} of shape {info.shape}"
+        )
+    return np.array(file.raw(name)).view(FLOAT_TYPES[info.type])
 
 
 def _from_dat(path: Path) -> Importances:
@@ -123,13 +197,13 @@ def _from_dat(path: Path) -> Importances:
         at += count
         return data[at - count : at]
 
-    entries, of = number("count"), {}
+    entries, sums, counts = number("count"), {}, {}
     for _ in range(max(entries, 0)):
         name = some(number("length of a name"), _LONGEST_NAME, "a name").decode("utf-8", "replace")
         calls = number("number of calls")
         values = np.frombuffer(some(4 * number("length"), len(data), f"the importance of {name}"), "<f4")
         if calls > 0:
-            of[name] = values / np.float32(calls)
+            sums[name], counts[name] = values, np.array(calls, np.float32)
     chunks = number("number of chunks") if at < len(data) else 0
     datasets = (some(number("length"), len(data), "a dataset").decode("utf-8", "replace"),) if at < len(data) else ()
-    return Importances(of, chunks, datasets)
+    return Importances(sums, counts, chunks, 0, datasets)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qjax.errors import FormatError
-from qjax.formats.gguf.imatrix import read_imatrix
+from qjax.formats.gguf import open_gguf
+from qjax.formats.gguf.imatrix import Importances, merge, read_imatrix, write_imatrix
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
 SUMS = np.array([2.0, 4.0, 0.0], np.float32)
@@ -79,3 +80,49 @@ def test_refuses_other_gguf_files(tmp_path: Path) -> None:
             read_imatrix(path)
     with pytest.raises(FormatError, match="nowhere"):
         read_imatrix(tmp_path / "nowhere.gguf")
+
+
+def test_written_as_llama_imatrix_writes_it(interop: Path, tmp_path: Path) -> None:
+    """What was read from its file, written again, is its file."""
+    theirs = interop / "imatrix.gguf"
+    write_imatrix(tmp_path / "i.gguf", read_imatrix(theirs))
+    assert (tmp_path / "i.gguf").read_bytes() == theirs.read_bytes()
+
+
+def some(seed: int, tokens: int, *, columns: int = 3, matrices: tuple[int, ...] = ()) -> Importances:
+    """float64 sums that float32 does not hold."""
+    rng = np.random.default_rng(seed)
+    sums = {"a.weight": rng.uniform(1, 9, (*matrices, columns)), "b.weight": rng.uniform(1, 9, 5)}
+    counts = {"a.weight": np.full(matrices, float(tokens)), "b.weight": np.array(float(tokens))}
+    return Importances(sums, counts, tokens // 8, 8, (f"{seed}.txt",))
+
+
+@pytest.mark.parametrize("matrices", [(), (2,)])
+def test_comes_back(tmp_path: Path, matrices: tuple[int, ...]) -> None:
+    """To the last bit if it is to be gone on with, and rounded to float32 for llama.cpp."""
+    path, wrote = tmp_path / "i.gguf", some(1, 16, matrices=matrices)
+    for exact, rounded in ((True, np.float64), (False, np.float32)):
+        write_imatrix(path, wrote, exact=exact, metadata={"mine": "kept"})
+        found = read_imatrix(path)
+        assert found[2:] == wrote[2:]
+        for name, sums in wrote.sums.items():
+            assert found.sums[name].dtype == rounded
+            np.testing.assert_array_equal(found.sums[name], sums.astype(rounded))
+            np.testing.assert_array_equal(found.counts[name], wrote.counts[name])
+            np.testing.assert_allclose(found.of[name], sums / 16, rtol=1e-7)
+    assert open_gguf(path).metadata["mine"] == "kept"
+
+
+def test_merge(tmp_path: Path) -> None:
+    first, second = some(1, 16), some(2, 48)
+    both = merge([first, second], chunk_size=8)
+    assert (both.chunks, both.chunk_size, both.datasets) == (8, 8, ("1.txt", "2.txt"))
+    assert both.counts["a.weight"] == 64
+    np.testing.assert_array_equal(both.sums["a.weight"], first.sums["a.weight"] + second.sums["a.weight"])
+    # A .dat file counts chunks: two of its kind and of this size weigh as much as 16 tokens.
+    (tmp_path / "i.dat").write_bytes(dat(b"a.weight", 2))
+    old = merge([first, read_imatrix(tmp_path / "i.dat")], chunk_size=8)
+    assert old.counts["a.weight"] == 32
+    np.testing.assert_allclose(old.of["a.weight"], (first.sums["a.weight"] + 8 * SUMS) / 32, rtol=1e-6)
+    with pytest.raises(FormatError, match=r"a\.weight.*two models"):
+        merge([first, some(1, 16, columns=4)], chunk_size=8)
