@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32, PRNGKeyArray
 
 from qjax.arrays import QuantizedArray
 from qjax.errors import QjaxError
-from qjax.kernels import rms_norm, rope_angles
+from qjax.formats.gguf.imatrix import Importances
+from qjax.kernels import rms_norm
 from qjax.models import ModelConfig
-from qjax.models.forward import embed, layer
+from qjax.models.forward import begin, layer
 from qjax.models.load import MATRICES
 
 
@@ -124,9 +125,8 @@ def _of_chunk(
 ) -> Iterator[tuple[str, Any, Any]]:
     """(name, sums along rows, sums along columns); a matrix that serves at both ends comes twice."""
     tokens = jnp.asarray(chunk)[None]
-    positions = jnp.arange(chunk.size, dtype=jnp.int32)[None]
-    angles = rope_angles(positions, params["rope"])
-    inputs = [embed({"token_embd": params["token_embd"]}, tokens)]
+    x, angles, positions = begin(params, tokens, jnp.zeros(1, jnp.int32))
+    inputs = [x]
     for p in params["layers"]:
         inputs.append(layer(p, inputs[-1], angles, positions, None, config=config)[0])
     ends = {name: params[name] for name in ("token_embd", "output", "output_norm") if name in params}
@@ -151,8 +151,28 @@ def drawn_rows(fisher: Fisher, count: int, seed: int = 0) -> Int[np.ndarray, " c
     return np.sort(np.random.default_rng(seed).choice(share.size, count, p=share))
 
 
-def as_importances(fishers: Mapping[str, Fisher]) -> dict[str, Float32[np.ndarray, " in"]]:
-    """The columns, with a mean of one: what an encoder may weight each column's error by."""
-    return {
-        name: np.asarray(f.columns / f.columns.mean(), np.float32) for name, f in fishers.items() if f.columns.any()
-    }
+def as_importances(fishers: Mapping[str, Fisher], *, chunks: int, chunk_size: int, dataset: str) -> Importances:
+    """For a file of importances: the columns with a mean of one, and the rows.
+
+    Encoders weight each column's error by the first, llama.cpp's too.
+    """
+    tokens = chunks * chunk_size
+    known = {name: f for name, f in fishers.items() if f.rows.any()}
+    return Importances(
+        {name: f.columns / f.columns.mean() * tokens for name, f in known.items()},
+        {name: np.array(tokens, np.float64) for name in known},
+        chunks,
+        chunk_size,
+        (dataset,),
+        {name: f.rows * tokens for name, f in known.items()},
+    )
+
+
+def from_importances(found: Importances) -> dict[str, Fisher]:
+    """What `as_importances` was made of; empty of other importances."""
+    fishers = {}
+    for name, rows in found.row_sums.items():
+        total = rows.astype(np.float64) / float(found.counts[name])
+        columns = found.sums[name].astype(np.float64)
+        fishers[name] = Fisher(total, columns / columns.sum() * total.sum())
+    return fishers

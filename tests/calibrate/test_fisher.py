@@ -1,5 +1,6 @@
 """Fisher information against gradients of the whole model, and against divergences that were measured."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibrate.fisher import Fisher, as_importances, divergence_of, drawn_rows, fisher
+from qjax.calibrate.fisher import Fisher, as_importances, divergence_of, drawn_rows, fisher, from_importances
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
+from qjax.formats.gguf.imatrix import read_imatrix, write_imatrix
 from qjax.models import forward
 from qjax.models.load import MATRICES
 
@@ -101,9 +103,19 @@ def test_a_packed_model_too(model: qjax.Model, chunks: np.ndarray) -> None:
         assert ours[name].rows.sum() == pytest.approx(theirs[name].rows.sum(), rel=0.3)
 
 
-def test_importances_have_a_mean_of_one(model: qjax.Model, chunks: np.ndarray) -> None:
-    for values in as_importances(fisher(model.params, model.config, chunks[:1])).values():
+def test_a_file_of_it(model: qjax.Model, chunks: np.ndarray, tmp_path: Path) -> None:
+    """It is an importance matrix with a mean of one, with the rows beside it."""
+    found = fisher(model.params, model.config, chunks[:1])
+    write_imatrix(tmp_path / "f.gguf", as_importances(found, chunks=1, chunk_size=48, dataset="own text"))
+    read = read_imatrix(tmp_path / "f.gguf")
+    assert read.of.keys() == found.keys()
+    for values in read.of.values():
         assert values.mean() == pytest.approx(1, rel=1e-5)
+    again = from_importances(read)
+    for name, of in found.items():
+        np.testing.assert_allclose(again[name].rows, of.rows, rtol=1e-6)
+        np.testing.assert_allclose(again[name].columns, of.columns, rtol=1e-5, atol=1e-30)
+    assert not from_importances(read._replace(row_sums={}))
 
 
 def test_no_text(model: qjax.Model) -> None:

@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.container import GGUFFile, open_gguf
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS, _ROWS = ".in_sum2", ".counts", ".out_sum2"
 _LONGEST_NAME = 1 << 12
 
 
@@ -28,6 +29,8 @@ class Importances(NamedTuple):
       float64 of a calibration that is under way.
     counts: how many rows were summed, [] or [matrices]; of a .dat file chunks.
     chunks: of text that were looked at, of chunk_size tokens each (0 if the file does not say); datasets: their names.
+    row_sums: how much each row matters, [out_features], summed over as many tokens; only where that was looked at (see
+      `qjax.calibrate.fisher`). A tensor NAME.out_sum2 of its own, which llama.cpp passes over.
     """
 
     sums: dict[str, Float[np.ndarray, "*matrices n"]]
@@ -35,6 +38,7 @@ class Importances(NamedTuple):
     chunks: int
     chunk_size: int
     datasets: tuple[str, ...]
+    row_sums: Mapping[str, Float[np.ndarray, " out"]] = MappingProxyType({})
 
     @property
     def of(self) -> dict[str, Float32[np.ndarray, "*matrices n"]]:
@@ -80,7 +84,7 @@ def read_imatrix(path: str | Path) -> Importances:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = _from_gguf(open_gguf(path)) if magic == b"GGUF" else _from_dat(path)
-    for name, sums in found.sums.items():
+    for name, sums in (*found.sums.items(), *found.row_sums.items()):
         if not np.isfinite(sums).all() or (sums < 0).any():
             raise FormatError(f"{path}: the importance of {name} has numbers that are negative or not finite")
     if not found.sums:
@@ -109,6 +113,9 @@ def write_imatrix(
             tensors.append(
                 TensorToWrite(name + suffix, values.shape, kind, np.ascontiguousarray(values).view(np.uint8))
             )
+        if name in importances.row_sums:
+            rows = importances.row_sums[name].astype(np.float32)
+            tensors.append(TensorToWrite(name + _ROWS, rows.shape, "F32", rows.view(np.uint8)))
     keys = {
         "general.type": "imatrix",
         "imatrix.datasets": list(importances.datasets),
@@ -149,7 +156,7 @@ def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
 def _from_gguf(file: GGUFFile) -> Importances:
     if file.metadata.get("general.type") != "imatrix":
         raise FormatError(f"{file.path}: is no importance matrix (its general.type is not 'imatrix')")
-    sums, counts = {}, {}
+    sums, counts, rows = {}, {}, {}
     for name in file.tensors:
         if not name.endswith(_SUMS):
             continue
@@ -160,11 +167,13 @@ def _from_gguf(file: GGUFFile) -> Importances:
             raise FormatError(f"{file.path}: {weight}{_COUNTS} has {count.size} numbers, expected one a matrix")
         if (count > 0).all():
             sums[weight], counts[weight] = found, count.reshape(found.shape[:-1])
+            if weight + _ROWS in file.tensors:
+                rows[weight] = _floats(file, weight + _ROWS, "F32")
     datasets: Any = file.metadata.get("imatrix.datasets", [])
     datasets = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
     chunks, size = (file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))
     chunks, size = (number if isinstance(number, int) else 0 for number in (chunks, size))
-    return Importances(sums, counts, chunks, size, datasets)
+    return Importances(sums, counts, chunks, size, datasets, rows)
 
 
 def _floats(file: GGUFFile, name: str, *kinds: str) -> np.ndarray:
