@@ -5,6 +5,7 @@ and let go, so that one is in memory at a time.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import tempfile
@@ -44,7 +45,7 @@ class LanguageModel(Protocol):
     def params(self) -> dict[str, Any]: ...
     @property
     def config(self) -> ModelConfig: ...
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer: ...
     @property
     def memory(self) -> Memory: ...
