@@ -1,10 +1,12 @@
-"""The commands that measure: inspect, perplexity, bench."""
+"""The commands that measure: inspect, perplexity, compare, bench."""
 
 import argparse
+from pathlib import Path
 
 from qjax.cli.arguments import MODEL_HELP, Commands, add_compute, add_json, natural, positive
 from qjax.errors import QjaxError
 
+WEIGHTS_ALONE = "of x in each product; default: float, which measures the weights alone"
 SHAPES = ("tinyllama-1.1b", "llama-7b", "llama-13b")
 
 
@@ -30,7 +32,28 @@ def add(commands: Commands) -> None:
     sub.add_argument("--chunks", type=positive, help="only this many; default: all")
     sub.add_argument("--kl-base", metavar="FILE.kld", help="compare with another model's predictions in this file")
     sub.add_argument("--save-kl-base", action="store_true", help="write that file with this model's predictions")
-    add_compute(sub, "of x in each product; default: float, which measures the weights alone")
+    add_compute(sub, WEIGHTS_ALONE)
+    add_json(sub)
+
+    sub = commands.add(
+        "compare",
+        "Models of one vocabulary on one text: size, perplexity and KL divergence to a float one; a table and a plot.",
+        "qjax compare f16.gguf q8_0.gguf q4_k_m.gguf q4_0.gguf --data wiki.txt --chunks 40",
+        _compare,
+        model=False,
+    )
+    sub.add_argument("models", nargs="+", metavar="model", help=MODEL_HELP)
+    sub.add_argument("--data", required=True, metavar="FILE", help="UTF-8 text")
+    sub.add_argument("--base", metavar="MODEL", help="what all are compared with; default: the first float model")
+    sub.add_argument("--kl-base", metavar="FILE.kld", help="the base's predictions, as --save-kl-base writes them")
+    sub.add_argument("--ctx", type=positive, help="tokens of a chunk; default: 512, or those of the --kl-base")
+    sub.add_argument("--chunks", type=positive, help="only this many; default: all")
+    sub.add_argument(
+        "--against", metavar="MODEL", help="bootstrap each model against this one; default: the next larger"
+    )
+    sub.add_argument("--bootstrap", type=positive, default=10_000, metavar="N", help="resamples; default: 10000")
+    sub.add_argument("--activations", choices=("float", "int8"), default="float", help=WEIGHTS_ALONE)
+    sub.add_argument("--out", default="out", metavar="FOLDER", help="for compare.png and compare.csv; default: out")
     add_json(sub)
 
     sub = commands.add(
@@ -94,6 +117,30 @@ def _perplexity(args: argparse.Namespace) -> None:
                 f"{result['percentiles']['99']:.6f}, max {result['max_kld']:.6f}; RMS dp "
                 f"{100 * result['rms_dp']:.3f} %; same top {100 * result['same_top']:.3f} %\n"
             )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from qjax.runs.compare import compare_files, show
+    from qjax.runs.console import emit_json
+    from qjax.runs.texts import read_text
+
+    result = compare_files(
+        args.models,
+        read_text(args.data),
+        Path(args.out),
+        title=Path(args.data).name,
+        base=args.base,
+        kl_base=args.kl_base,
+        ctx=args.ctx,
+        chunks=args.chunks,
+        against=args.against,
+        activations=args.activations,
+        resamples=args.bootstrap,
+    )
+    if args.json:
+        emit_json(result)
+    else:
+        show(result)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -5,19 +5,20 @@ other models of that vocabulary are compared with it. Source: llama.cpp's tools/
 """
 
 import math
+import shutil
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt16
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, UInt16
 
 from qjax.errors import FormatError, QjaxError
-from qjax.evaluate.perplexity import Perplexity, score, scored, summarize
+from qjax.evaluate.perplexity import Perplexity, exp, score, scored, scored_tokens, summarize
 from qjax.formats.atomic import atomic_file
 from qjax.kernels import Activations
 from qjax.models import ModelConfig
@@ -26,6 +27,7 @@ _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8sIii")
 # Of 16 bits; and what of a distribution counts: log-probabilities further below the largest are stored as this far.
 _TOP, _RANGE = np.float32(65535), np.float32(16)
+PERCENTILES = (0.1, 1, 5, 10, 90, 95, 99, 99.9)
 
 Progress = Callable[[int, int, float], None]
 
@@ -43,14 +45,26 @@ class Base(NamedTuple):
     rows: UInt16[np.ndarray, "chunks n width"]
 
 
+class Scores(NamedTuple):
+    """Of each scored token: both negative log-likelihoods and the divergence, in nats; is the likeliest token one?"""
+
+    loss: Float64[np.ndarray, "chunks n"]
+    base_loss: Float64[np.ndarray, "chunks n"]
+    kld: Float64[np.ndarray, "chunks n"]
+    same: Bool[np.ndarray, "chunks n"]
+
+
 class Divergence(NamedTuple):
     """Statistics over all scored tokens, in nats; `rms_dp` and `same_top` are shares of 1.
 
-    base_perplexity: of the model that made the base file. rms_dp: of the change in the right token's probability.
+    base_perplexity: of the model that made the base file. perplexity_ratio: to it; its error is small, since both
+    models find the same tokens hard. rms_dp: of the change in the right token's probability.
     """
 
     perplexity: Perplexity
     base_perplexity: float
+    perplexity_ratio: float
+    ratio_stderr: float
     mean_kld: float
     kld_stderr: float
     median_kld: float
@@ -62,6 +76,11 @@ class Divergence(NamedTuple):
 
 def _width(vocab: int) -> int:
     return 2 * ((vocab + 1) // 2) + 4
+
+
+def base_nbytes(chunks: int, n_ctx: int, vocab: int) -> int:
+    """Size of a base file."""
+    return _HEADER.size + chunks * (4 * n_ctx + 2 * scored_tokens(n_ctx) * _width(vocab))
 
 
 def read_base(path: str | Path, config: ModelConfig) -> Base:
@@ -84,14 +103,13 @@ def read_base(path: str | Path, config: ModelConfig) -> Base:
         raise FormatError(f"{path}: is of a vocabulary of {vocab}, the model's has {config.vocab}")
     if not 8 <= n_ctx <= config.context or n_ctx % 2 or chunks < 1:
         raise FormatError(f"{path}: {chunks} chunks of {n_ctx} tokens: the model takes 8 to {config.context} at a time")
-    scored_tokens, width = n_ctx - 1 - n_ctx // 2, _width(vocab)
-    start = _HEADER.size + 4 * n_ctx * chunks
-    if size < start + 2 * chunks * scored_tokens * width:
-        raise FormatError(f"{path}: is cut short: {size} bytes, expected {start + 2 * chunks * scored_tokens * width}")
+    if size < base_nbytes(chunks, n_ctx, vocab):
+        raise FormatError(f"{path}: is cut short: {size} bytes, expected {base_nbytes(chunks, n_ctx, vocab)}")
     tokens = np.fromfile(path, "<i4", n_ctx * chunks, offset=_HEADER.size).reshape(chunks, n_ctx)
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise FormatError(f"{path}: a token id is not in the vocabulary of {vocab}")
-    rows = np.memmap(path, "<u2", "r", start, (chunks, scored_tokens, width))
+    start = _HEADER.size + 4 * n_ctx * chunks
+    rows = np.memmap(path, "<u2", "r", start, (chunks, scored_tokens(n_ctx), _width(vocab)))
     return Base(path, vocab, tokens.astype(np.int32), rows)
 
 
@@ -104,6 +122,21 @@ def _packed(logits: Float[Array, "n vocab"]) -> tuple[Float32[Array, "n 2"], UIn
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, np.float32(1)), np.float32(0))
     steps = jnp.round(jnp.maximum(logits - least, np.float32(0)) * inverse)
     return jnp.concatenate([scale, least - total], axis=-1), jnp.minimum(steps, _TOP).astype(jnp.uint16)
+
+
+def _check_room(path: Path, nbytes: int) -> None:
+    """Before hours of work; a folder that is not there is `atomic_file`'s to refuse."""
+    if path.parent.is_dir() and (free := shutil.disk_usage(path.parent).free) < nbytes:
+        raise QjaxError(
+            f"{path}: {nbytes / 1e9:.1f} GB of log-probabilities, the disk has {free / 1e9:.1f} GB free: "
+            "take fewer chunks, or another disk"
+        )
+
+
+def check_text(base: Base, ids: Sequence[int]) -> None:
+    """QjaxError unless the base file is of the text with these token ids."""
+    if not np.array_equal(base.tokens.ravel(), np.asarray(ids[: base.tokens.size], np.int32)):
+        raise QjaxError(f"{base.path}: was made of another text, or with another tokenizer")
 
 
 def save_base(
@@ -119,8 +152,9 @@ def save_base(
     """Write a model's log-probabilities on `chunks` (`models.chunks.chunks_of`), whole or not at all.
 
     Raises:
-      QjaxError: the file cannot be written.
+      QjaxError: the file cannot be written, or the disk has no room for it.
     """
+    _check_room(Path(path), base_nbytes(len(chunks), chunks.shape[1], config.vocab))
     with atomic_file(path) as file:
 
         def write(logits: Float[Array, "n vocab"]) -> None:
@@ -134,25 +168,17 @@ def save_base(
         return score(params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write)
 
 
-class _Compared(NamedTuple):
-    """Of each scored token: both negative log-likelihoods, the divergence, and whether the likeliest token is one."""
-
-    loss: Any
-    base_loss: Any
-    divergence: Any
-    same: Any
-
-
 @jax.jit
 def _compare(
     logits: Float[Array, "n vocab"], targets: Int[Array, " n"], head: Float32[Array, "n 2"], steps: UInt16[Array, "n v"]
-) -> _Compared:
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Bool[Array, " n"]]:
+    """What `Scores` has, of one chunk."""
     own = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     base = head[:, :1] * steps.astype(jnp.float32) + head[:, 1:]
     terms = jnp.where(base > -_RANGE, jnp.exp(base) * (base - own), np.float32(0))
     chosen = lambda x: -jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0]
     same = jnp.argmax(own, axis=-1) == jnp.argmax(base, axis=-1)
-    return _Compared(chosen(own), chosen(base), jnp.sum(terms, axis=-1), same)
+    return chosen(own), chosen(base), jnp.sum(terms, axis=-1), same
 
 
 def divergence(
@@ -174,30 +200,59 @@ def divergence(
     Raises:
       QjaxError: no chunk is asked for.
     """
+    start = time.perf_counter()
+    scores = score_against(
+        params, config, base, bos_id=bos_id, chunks=chunks, activations=activations, progress=progress
+    )
+    return statistics(scores, time.perf_counter() - start)
+
+
+def score_against(
+    params: dict[str, Any],
+    config: ModelConfig,
+    base: Base,
+    *,
+    bos_id: int | None,
+    chunks: int | None,
+    activations: Activations,
+    progress: Progress | None,
+) -> Scores:
+    """What `divergence` gives the statistics of, token by token."""
     count = len(base.tokens) if chunks is None else min(chunks, len(base.tokens))
     if count < 1:
         raise QjaxError(f"expected at least one chunk, got {chunks}")
-    found: list[_Compared] = []
-    start = time.perf_counter()
+    shape = (count, scored_tokens(base.tokens.shape[1]))
+    scores = Scores(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.bool_))
+    total = 0.0
     looked = scored(params, config, base.tokens[:count], bos_id=bos_id, activations=activations)
     for i, (logits, targets) in enumerate(looked):
         rows = np.ascontiguousarray(base.rows[i])
         head = np.ascontiguousarray(rows[:, :4]).view("<f4")
-        one = _compare(logits, targets, jnp.asarray(head), jnp.asarray(rows[:, 4 : 4 + base.vocab]))
-        found.append(_Compared(*(np.asarray(part, np.float64) for part in one)))
+        found = _compare(logits, targets, jnp.asarray(head), jnp.asarray(rows[:, 4 : 4 + base.vocab]))
+        for values, chunk in zip(scores, found, strict=True):
+            values[i] = chunk
+        total += float(scores.kld[i].mean())
         if progress is not None:
-            progress(i + 1, count, float(np.concatenate([part.divergence for part in found]).mean()))
-    loss, base_loss, kld, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    seconds = time.perf_counter() - start
+            progress(i + 1, count, total / (i + 1))
+    return scores
+
+
+def statistics(scores: Scores, seconds: float) -> Divergence:
+    """The figures that llama-perplexity gives of such scores, and by its formulas."""
+    loss, base_loss, kld, same = scores
     change = np.exp(-loss) - np.exp(-base_loss)
+    ratio = exp(float((loss - base_loss).mean()))
+    root = math.sqrt(max(kld.size - 1, 1))
     return Divergence(
-        perplexity=summarize(loss, count, seconds),
-        base_perplexity=math.exp(float(base_loss.mean())),
+        perplexity=summarize(loss, len(loss), seconds),
+        base_perplexity=exp(float(base_loss.mean())),
+        perplexity_ratio=ratio,
+        ratio_stderr=ratio * float((loss - base_loss).std()) / root,
         mean_kld=float(kld.mean()),
-        kld_stderr=float(kld.std() / math.sqrt(max(kld.size - 1, 1))),
+        kld_stderr=float(kld.std()) / root,
         median_kld=float(np.median(kld)),
         max_kld=float(kld.max()),
-        percentiles={f"{p:g}": float(np.percentile(kld, p)) for p in (0.1, 1, 5, 10, 90, 95, 99, 99.9)},
+        percentiles={f"{p:g}": float(np.percentile(kld, p)) for p in PERCENTILES},
         rms_dp=float(np.sqrt((change**2).mean())),
         same_top=float(same.mean()),
     )

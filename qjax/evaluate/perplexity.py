@@ -37,12 +37,17 @@ def negative_log_likelihood(logits: Float[Array, "n vocab"], targets: Int[Array,
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def exp(mean: float) -> float:
+    """Perplexity of a mean NLL; infinity where no float is large enough."""
+    return math.inf if mean > 709 else math.exp(mean)
+
+
 def summarize(losses: np.ndarray, chunks: int, seconds: float) -> Perplexity:
     """Perplexity and its error from the NLL of each scored token, float64."""
     count = losses.size
     mean = float(losses.mean())
     variance = float((losses**2).mean()) - mean**2
-    ppl = math.exp(mean)
+    ppl = exp(mean)
     error = ppl * math.sqrt(max(variance, 0.0) / (count - 1)) if count > 1 else math.nan
     return Perplexity(ppl, error, count, chunks, seconds)
 
@@ -85,14 +90,21 @@ def score(
     each: Callable[[Float[Array, "n vocab"]], None] = lambda logits: None,
 ) -> Perplexity:
     """`perplexity` of chunks that are cut already; `each` is given every chunk's logits."""
-    losses: list[np.ndarray] = []
+    losses = np.empty((len(chunks), scored_tokens(chunks.shape[1])), np.float64)
+    total = 0.0
     start = time.perf_counter()
     for i, (logits, targets) in enumerate(scored(params, config, chunks, bos_id=bos_id, activations=activations)):
         each(logits)
-        losses.append(np.asarray(negative_log_likelihood(logits, targets), np.float64))
+        losses[i] = negative_log_likelihood(logits, targets)
+        total += float(losses[i].mean())
         if progress is not None:
-            progress(i + 1, len(chunks), math.exp(float(np.concatenate(losses).mean())))
-    return summarize(np.concatenate(losses), len(chunks), time.perf_counter() - start)
+            progress(i + 1, len(chunks), exp(total / (i + 1)))
+    return summarize(losses, len(chunks), time.perf_counter() - start)
+
+
+def scored_tokens(n_ctx: int) -> int:
+    """Predictions of a chunk that count."""
+    return n_ctx - 1 - n_ctx // 2
 
 
 def scored(

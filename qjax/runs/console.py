@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 # Tables wider than this would be cut where no terminal says its width.
-PIPE_WIDTH = 120
+PIPE_WIDTH = 160
 
 
 class _Console(Console):
@@ -43,11 +44,14 @@ def emit(text: str, end: str = "") -> None:
     sys.stdout.flush()
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is to the left, numbers are to the right."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, dense: bool = False) -> None:
+    """A table on stdout; the first column is to the left, numbers are to the right. `dense` is for many columns."""
     table = Table(title=title, title_justify="left")
+    if dense:
+        table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        # What has no room goes on in the next line: no digit is cut off.
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for row in rows:
         # As Text: a name with brackets is no markup.
         table.add_row(*(Text(_showable(cell)) for cell in row))

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qjax import api
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
-from qjax.evaluate.divergence import divergence, read_base, save_base
+from qjax.evaluate.divergence import check_text, divergence, read_base, save_base
 from qjax.evaluate.perplexity import Perplexity
 from qjax.formats.gguf import open_gguf
 from qjax.formats.locate import locate
@@ -141,25 +139,22 @@ def measure_perplexity(
         return _against_base(
             model, ids, kl_base, save_kl_base, ctx=ctx, chunks=chunks, activations=activations, bos=bos
         )
-    try:
-        with progress_bar("perplexity") as advance:
-            result = perplexity(
-                model.params,
-                model.config,
-                ids,
-                n_ctx=ctx,
-                bos_id=bos,
-                chunks=chunks,
-                activations=activations,
-                progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
-            )
-    except OverflowError:
-        result = None
+    with progress_bar("perplexity") as advance:
+        result = perplexity(
+            model.params,
+            model.config,
+            ids,
+            n_ctx=ctx,
+            bos_id=bos,
+            chunks=chunks,
+            activations=activations,
+            progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
+        )
     return _finite(model, result)
 
 
-def _finite(model: api.Model, result: Perplexity | None) -> dict[str, Any]:
-    if result is None or not math.isfinite(result.perplexity):
+def _finite(model: api.Model, result: Perplexity) -> dict[str, Any]:
+    if not math.isfinite(result.perplexity):
         raise QjaxError(f"{model.source}: the perplexity is no finite number: the file's weights are damaged")
     return result._asdict()
 
@@ -182,8 +177,6 @@ def _against_base(
             cut = chunks_of(model.config, ids, n_ctx=ctx, bos_id=bos, chunks=chunks)
             return _finite(model, save_base(path, model.params, model.config, cut, **options))
         base = read_base(path, model.config)
-        count, n_ctx = base.tokens.shape
-        if not np.array_equal(base.tokens.ravel(), np.asarray(ids[: count * n_ctx], np.int32)):
-            raise QjaxError(f"{path}: was made of another text, or with another tokenizer")
+        check_text(base, ids)
         found = divergence(model.params, model.config, base, chunks=chunks, **options)
     return {**_finite(model, found.perplexity), **{k: v for k, v in found._asdict().items() if k != "perplexity"}}

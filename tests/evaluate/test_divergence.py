@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.errors import FormatError
+from qjax.errors import FormatError, QjaxError
+from qjax.evaluate import divergence as module
 from qjax.evaluate import perplexity
-from qjax.evaluate.divergence import divergence, read_base, save_base
+from qjax.evaluate.divergence import Scores, base_nbytes, divergence, read_base, save_base, statistics
 from qjax.models import forward
 from qjax.models.chunks import chunks_of
 
@@ -72,10 +74,51 @@ def test_against_float64(model: Any, ids: list[int], base: Path) -> None:
 def test_the_file_s_form(model: Any, base: Path) -> None:
     data = base.read_bytes()
     assert struct.unpack_from("<8sIii", data) == (b"_logits_", CTX, model.config.vocab, 3)
+    assert len(data) == base_nbytes(3, CTX, model.config.vocab)
     read = read_base(base, model.config)
     head = np.ascontiguousarray(read.rows[0, 0, :4]).view(np.float32)
     logp = head[0] * read.rows[0, 0, 4:].astype(np.float32) + head[1]
     assert np.exp(logp).sum() == pytest.approx(1, abs=2e-3)
+
+
+def test_statistics_are_those_of_a_sample() -> None:
+    """Against numpy's and the delta method's, in the form that llama-perplexity computes them: from (co)variances."""
+    rng = np.random.default_rng(0)
+    base_loss = rng.exponential(2, (7, 31))
+    loss = base_loss + rng.normal(0.02, 0.1, base_loss.shape)
+    kld, same = rng.exponential(0.01, loss.shape), rng.random(loss.shape) < 0.9
+    found = statistics(Scores(loss, base_loss, kld, same), 1.5)
+    covariance = np.cov(loss.ravel(), base_loss.ravel()) / loss.size
+    ratio = np.exp(loss.mean()) / np.exp(base_loss.mean())
+    assert found.perplexity_ratio == pytest.approx(ratio)
+    error = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    assert found.ratio_stderr == pytest.approx(ratio * error)
+    assert found.kld_stderr == pytest.approx(kld.std(ddof=1) / np.sqrt(kld.size))
+    assert found.perplexity[2:] == (loss.size, 7, 1.5)
+    assert found.rms_dp == pytest.approx(np.sqrt(((np.exp(-loss) - np.exp(-base_loss)) ** 2).mean()))
+    assert found.same_top == same.mean()
+
+
+def test_progress_tells_the_divergence_so_far(model: Any, base: Path) -> None:
+    told: list[tuple[int, int, float]] = []
+    copy = qjax.load("embedded", quantize="q4_0")
+    options: dict[str, Any] = {"bos_id": model.tokenizer.bos_id}
+    read = read_base(base, model.config)
+    found = divergence(copy.params, copy.config, read, progress=lambda *args: told.append(args), **options)
+    assert [entry[:2] for entry in told] == [(1, 3), (2, 3), (3, 3)]
+    one = divergence(copy.params, copy.config, read, chunks=1, **options)
+    assert [told[0][2], told[2][2]] == pytest.approx([one.mean_kld, found.mean_kld])
+
+
+def test_a_full_disk_is_seen_before_the_work(
+    model: Any, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = base_nbytes(3, CTX, model.config.vocab) - 1
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    cut = chunks_of(model.config, ids, n_ctx=CTX, bos_id=None, chunks=3)
+    with pytest.raises(QjaxError, match=r"x\.kld: .* GB free: take fewer chunks"):
+        save_base(tmp_path / "x.kld", model.params, model.config, cut, bos_id=None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
