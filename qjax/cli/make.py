@@ -10,17 +10,20 @@ def add(commands: Commands) -> None:
     """Their arguments."""
     sub = commands.add(
         "convert",
-        "Rewrite a GGUF file, or quantize a float one.",
-        "qjax convert f16.gguf q8.gguf --type q8_0",
+        "Write a Hugging Face folder or a GGUF file as GGUF, as it is or quantized.",
+        "qjax convert HF_FOLDER -o q4_k_m.gguf --type q4_k_m",
         _convert,
     )
-    sub.add_argument("target", help="the file to write")
-    sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
+    sub.add_argument("target", nargs="?", help="the file to write; or give it by -o")
+    sub.add_argument("-o", "--output", metavar="FILE", help="the file to write")
+    sub.add_argument(
+        "--type", help="a plain type such as f16 or q8_0 for every float matrix, or a mix; default: as they are"
+    )
     add_json(sub)
 
     sub = commands.add(
         "quantize",
-        "Make a quantized GGUF file from a float one, with llama.cpp's mixes.",
+        "Make a quantized GGUF file from a float one or a Hugging Face folder, with llama.cpp's mixes.",
         "qjax quantize f16.gguf -o q4_k_m.gguf --type q4_k_m --imatrix imatrix.gguf",
         _quantize,
     )
@@ -46,8 +49,11 @@ def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
     from qjax.runs.console import console, emit_json, progress_bar
 
-    with progress_bar(f"writing {args.target}") as advance:
-        path = convert(args.model, args.target, quantize=args.type, progress=lambda _: advance())
+    if (args.target is None) == (args.output is None):
+        raise QjaxError("give the file to write by -o FILE, or after the model, once")
+    target = args.target or args.output
+    with progress_bar(f"writing {target}") as advance:
+        path = convert(args.model, target, quantize=args.type, progress=lambda _: advance())
     if args.json:
         emit_json({"path": str(path), "bytes": path.stat().st_size})
     else:
