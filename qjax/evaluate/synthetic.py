@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from qjax.errors import QjaxError, UnsupportedError
 from qjax.evaluate.shapes import Shape, metadata
 from qjax.formats.gguf import from_blocks
-from qjax.formats.gguf.mixes import tensor_type
+from qjax.formats.gguf.places import Traits
+from qjax.formats.gguf.plan import Wish, types_of
 from qjax.formats.gguf.types import type_of_name
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.kernels import lay_out
@@ -195,14 +196,14 @@ def plan(config: ModelConfig, mix: str) -> dict[str, Planned]:
     Raises:
       QjaxError: unknown mix.
     """
-    shapes = expected_shapes(config)
+    expected = expected_shapes(config)
     names = [*TOP, *(f"blk.{i}.{name}.weight" for i in range(config.layers) for name in (*MATRICES, *NORMS))]
-    gqa = config.heads // config.kv_heads
+    shapes = {name: expected[name] for name in names}
+    types = types_of(shapes, Traits(config.arch, config.layers, config.heads, config.kv_heads), Wish(mix))
     planned = {}
-    for name in names:
-        kind = tensor_type(mix, name, shapes[name], layers=config.layers, gqa=gqa, tied=False)
-        row = type_of_name(kind, name).row_bytes(shapes[name][-1])
-        planned[name] = Planned(shapes[name], kind, math.prod(shapes[name][:-1]) * row)
+    for name, shape in shapes.items():
+        kind = types.get(name, "F32")
+        planned[name] = Planned(shape, kind, math.prod(shape[:-1]) * type_of_name(kind, name).row_bytes(shape[-1]))
     return planned
 
 

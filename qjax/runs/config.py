@@ -11,9 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from qjax.errors import QjaxError
+from qjax.formats.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -109,14 +108,7 @@ def load_config(path: Path) -> Any:
     Raises:
         QjaxError: names the file, the key, what was expected and what was found.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise QjaxError(f"{path}: expected a readable YAML file, got {error}") from error
-    except yaml.YAMLError as error:
-        raise QjaxError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise QjaxError(f"{path}: expected keys and values, got {type(data).__name__}")
+    data = read_yaml(path)
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise QjaxError(f"{path}: kind: expected one of {sorted(CONFIGS)}, got {kind!r}")

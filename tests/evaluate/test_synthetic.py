@@ -16,7 +16,7 @@ from qjax.evaluate import synthetic
 from qjax.evaluate.shapes import SHAPES, Shape, llama, metadata, shape_of, vocabulary
 from qjax.evaluate.synthetic import CODES, FLOATS, plan, save_synthetic, synthetic_blocks, synthetic_params
 from qjax.formats.gguf import open_gguf
-from qjax.formats.gguf.mixes import MIXES
+from qjax.formats.gguf.mixes import mixes
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.kernels import lay_out
 from qjax.models import forward, load_gguf
@@ -79,7 +79,8 @@ def test_bytes_do_not_repeat_within_a_tensor() -> None:
     assert counts.min() > 0.9 * counts.mean()
 
 
-@pytest.mark.parametrize("mix", MIXES)
+# No weights of types that hardly any file has are made up.
+@pytest.mark.parametrize("mix", [mix for mix in mixes() if mix not in ("q1_0", "q2_0")])
 def test_params_from_memory_and_from_file_are_the_same(mix: str, tmp_path: Path) -> None:
     path = tmp_path / "made-up.gguf"
     size = save_synthetic(path, TINY, mix)

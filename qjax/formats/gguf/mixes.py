@@ -1,233 +1,93 @@
-"""llama.cpp's mixes: which tensor of a model gets which type, as a table.
+"""Mixes: tables that say which tensor of a model gets which type, read from mixes.yaml or a file of the user's.
 
-A mix such as Q4_K_M names a base type and the tensors that get another one, by role and by layer. Source:
-`llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_allows_quantization` of llama.cpp's
-src/llama-quant.cpp, for the dense models that qjax knows (no experts, no fused attn_qkv).
+The schema stands at the top of mixes.yaml.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from qjax.errors import QjaxError
-from qjax.formats.gguf.types import GGML_TYPES
+from qjax.formats.gguf.places import ROLES, Condition, Place, condition
+from qjax.formats.gguf.types import type_named
+from qjax.formats.yaml_file import YAML_ENDINGS, read_yaml
 
+T = TypeVar("T")
 
-class Place(NamedTuple):
-    """Where a tensor stands: its layer (-1 for none) of how many, in what kind of model."""
-
-    layer: int
-    layers: int
-    gqa: int
-    imatrix: bool
-
-
-When = Callable[[Place], bool]
-
-
-def always(_: Place) -> bool:
-    return True
-
-
-def more_bits(p: Place) -> bool:
-    """The first and last eighth of the layers and every third between them."""
-    eighth = p.layers // 8
-    return p.layer < eighth or p.layer >= 7 * p.layers // 8 or (p.layer - eighth) % 3 == 2
-
-
-def first_eighth(p: Place) -> bool:
-    return p.layer < p.layers // 8
-
-
-def first_sixteenth(p: Place) -> bool:
-    return p.layer < p.layers // 16
-
-
-def first_2(p: Place) -> bool:
-    return p.layer < 2
-
-
-def first_4(p: Place) -> bool:
-    return p.layer < 4
-
-
-def middle(p: Place) -> bool:
-    """All but the first and last eighth of the layers."""
-    return p.layers // 8 <= p.layer < 7 * p.layers // 8
-
-
-def shared_heads(p: Place) -> bool:
-    """Four or more query heads to a value head: attn_v is small, and many depend on it."""
-    return p.gqa >= 4
-
-
-def no_imatrix(p: Place) -> bool:
-    return not p.imatrix
-
-
-def first_eighth_with_imatrix(p: Place) -> bool:
-    return p.imatrix and first_eighth(p)
-
-
-def first_eighth_no_imatrix(p: Place) -> bool:
-    return not p.imatrix and first_eighth(p)
+_FILE = Path(__file__).with_name("mixes.yaml")
 
 
 class Rule(NamedTuple):
-    """Tensors of this role get this type, where `when` holds. Of a mix's rules the first that fits decides."""
+    """The type of the tensors that it fits: of one of the roles (none named: of any), whose name the pattern is found
+    in, where all conditions hold."""
 
-    role: str
     type: str
-    when: When = always
+    roles: tuple[str, ...] = ()
+    name: re.Pattern[str] | None = None
+    when: tuple[Condition, ...] = ()
+
+    def fits(self, name: str, place: Place) -> bool:
+        return (
+            (not self.roles or place.role in self.roles)
+            and (self.name is None or self.name.search(name) is not None)
+            and all(holds(place) for holds in self.when)
+        )
 
 
 class Mix(NamedTuple):
-    """A row of the table.
+    """A table: `base` for what no rule fits, of the rules the first that does.
 
-    base: the type of what no rule names. file_type: its number as `general.file_type`. output: the type of the output
-    matrix, or of the embedding that serves as one. more_v_at_70b: attn_v of a 70B model, which 8 heads share, gets
-    Q5_K in place of Q3_K or Q4_K.
+    output: the type of the output matrix, or of the embedding that serves as one, where no rule fits.
+    file_type: the number as `general.file_type`.
     """
 
     base: str
     file_type: int
-    rules: tuple[Rule, ...] = ()
     output: str = "Q6_K"
-    more_v_at_70b: bool = True
+    rules: tuple[Rule, ...] = ()
 
 
-_MORE_Q6 = (Rule("attn_v", "Q6_K", more_bits), Rule("ffn_down", "Q6_K", more_bits))
-_IQ4 = (Rule("attn_v", "Q5_K", shared_heads), Rule("ffn_down", "Q5_K", first_eighth_no_imatrix))
-_TERNARY = (Rule("token_embd", "Q4_K"),)
+@functools.cache
+def _tables() -> tuple[Mapping[str, Mix], Mapping[str, str]]:
+    data = read_yaml(_FILE)
+    made: dict[str, Mix] = {}
+    for name, table in data["mixes"].items():
+        made[name] = _mix(table, f"{_FILE}: {name}", made)
+    return made, data["aliases"]
 
 
-def _lattice_2(base: str, file_type: int, embedding: str, better: str, attn_output: str | None = None) -> Mix:
-    """The 1- and 2-bit IQ mixes, alike but for their better types."""
-    rules = [
-        Rule("token_embd", embedding),
-        Rule("attn_v", "Q4_K", shared_heads),
-        Rule("attn_v", better),
-        Rule("ffn_down", better, first_eighth),
-    ]
-    if attn_output is not None:
-        rules.append(Rule("attn_output", attn_output))
-    return Mix(base, file_type, tuple(rules), output="Q5_K", more_v_at_70b=False)
+def mixes() -> Mapping[str, Mix]:
+    """llama-quantize's mixes by their names in lower case."""
+    return _tables()[0]
 
 
-MIXES: Mapping[str, Mix] = MappingProxyType(
-    {
-        "f32": Mix("F32", 0),
-        "f16": Mix("F16", 1),
-        "bf16": Mix("BF16", 32),
-        "q4_0": Mix("Q4_0", 2, (Rule("ffn_down", "Q4_1", first_eighth_with_imatrix),)),
-        "q4_1": Mix("Q4_1", 3),
-        "q5_0": Mix("Q5_0", 8, (Rule("ffn_down", "Q5_1", first_eighth_with_imatrix),)),
-        "q5_1": Mix("Q5_1", 9),
-        "q8_0": Mix("Q8_0", 7, output="Q8_0"),
-        "q2_k": Mix(
-            "Q2_K",
-            10,
-            (
-                Rule("attn_v", "Q4_K", shared_heads),
-                Rule("attn_v", "Q3_K"),
-                Rule("ffn_down", "Q3_K"),
-                Rule("attn_output", "Q3_K"),
-            ),
-        ),
-        "q2_k_s": Mix("Q2_K", 21, (Rule("attn_v", "Q4_K", shared_heads), Rule("ffn_down", "Q4_K", first_eighth))),
-        "q3_k_s": Mix("Q3_K", 11),
-        "q3_k_m": Mix(
-            "Q3_K",
-            12,
-            (
-                Rule("attn_v", "Q5_K", first_2),
-                Rule("attn_v", "Q4_K"),
-                Rule("ffn_down", "Q5_K", first_sixteenth),
-                Rule("ffn_down", "Q4_K"),
-                Rule("attn_output", "Q4_K"),
-            ),
-        ),
-        "q3_k_l": Mix("Q3_K", 13, tuple(Rule(role, "Q5_K") for role in ("attn_v", "ffn_down", "attn_output"))),
-        "q4_k_s": Mix("Q4_K", 14, (Rule("attn_v", "Q5_K", first_4), Rule("ffn_down", "Q5_K", first_eighth))),
-        "q4_k_m": Mix("Q4_K", 15, _MORE_Q6),
-        "q5_k_s": Mix("Q5_K", 16),
-        "q5_k_m": Mix("Q5_K", 17, _MORE_Q6),
-        "q6_k": Mix("Q6_K", 18),
-        "iq1_s": _lattice_2("IQ1_S", 24, embedding="Q2_K", better="Q2_K", attn_output="IQ2_XXS"),
-        "iq1_m": _lattice_2("IQ1_M", 31, embedding="Q2_K", better="Q2_K", attn_output="IQ2_XXS"),
-        "iq2_xxs": _lattice_2("IQ2_XXS", 19, embedding="Q2_K", better="Q2_K"),
-        "iq2_xs": _lattice_2("IQ2_XS", 20, embedding="Q2_K", better="Q2_K"),
-        "iq2_s": _lattice_2("IQ2_XS", 28, embedding="IQ3_S", better="IQ3_S", attn_output="IQ3_S"),
-        "iq2_m": _lattice_2("IQ2_S", 29, embedding="IQ3_S", better="IQ3_S", attn_output="IQ3_S"),
-        "iq3_xxs": Mix(
-            "IQ3_XXS",
-            23,
-            (
-                Rule("token_embd", "IQ3_S"),
-                Rule("attn_v", "Q4_K", shared_heads),
-                Rule("attn_v", "IQ3_S", no_imatrix),
-                Rule("attn_k", "IQ2_S"),
-                Rule("attn_q", "IQ2_S"),
-                Rule("ffn_down", "Q4_K", first_eighth_no_imatrix),
-                Rule("ffn_down", "Q3_K", no_imatrix),
-                Rule("attn_output", "IQ3_S"),
-            ),
-            output="Q5_K",
-        ),
-        "iq3_xs": Mix(
-            "IQ3_S",
-            22,
-            (
-                Rule("attn_v", "Q4_K", shared_heads),
-                Rule("attn_k", "IQ3_XXS"),
-                Rule("attn_q", "IQ3_XXS"),
-                Rule("ffn_gate", "IQ3_XXS", middle),
-                Rule("ffn_up", "IQ3_XXS", middle),
-            ),
-        ),
-        "iq3_s": Mix("IQ3_S", 26, (Rule("attn_v", "Q4_K", shared_heads),)),
-        "iq3_m": Mix(
-            "IQ3_S",
-            27,
-            (Rule("attn_v", "Q4_K"), Rule("ffn_down", "Q4_K", first_eighth), Rule("attn_output", "Q4_K")),
-        ),
-        "iq4_nl": Mix("IQ4_NL", 25, _IQ4),
-        "iq4_xs": Mix("IQ4_XS", 30, _IQ4),
-        "tq1_0": Mix("TQ1_0", 36, _TERNARY),
-        "tq2_0": Mix("TQ2_0", 37, _TERNARY),
-    }
-)
+def aliases() -> Mapping[str, str]:
+    """Other names of some of them, as llama-quantize takes them."""
+    return _tables()[1]
 
-# llama-quantize takes these names too.
-ALIASES: Mapping[str, str] = MappingProxyType({"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"})
 
-# What a type becomes for rows that its blocks do not divide; F16 where that fits no better.
-FALLBACK: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
-    | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
-    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-)
-
-_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight")
-_70B_LAYERS = 80
+def _named(name: str) -> Mix | None:
+    return mixes().get(aliases().get(name.lower(), name.lower()))
 
 
 def is_mix(name: str) -> bool:
-    """Whether there is a mix of this name."""
-    return ALIASES.get(name.lower(), name.lower()) in MIXES
+    """Whether this is the name of a mix, or of a YAML file that should hold one."""
+    return name.lower().endswith(YAML_ENDINGS) or _named(name) is not None
 
 
 def mix_of(name: str) -> Mix:
-    """The mix of this name ("q4_k_m", "Q4_K_M", "q4_k").
+    """The mix of this name ("q4_k_m", "Q4_K_M", "q4_k"), or of a file ("my_mix.yaml").
 
     Raises:
-        QjaxError: no such mix; lists the known ones.
+      QjaxError: there is no such mix (lists the known ones), or the file is none: names the key that is wrong.
     """
-    key = name.lower()
-    found = MIXES.get(ALIASES.get(key, key))
+    if name.lower().endswith(YAML_ENDINGS):
+        return _mix(read_yaml(name), name, mixes())
+    found = _named(name)
     if found is None:
-        raise QjaxError(f"type {name!r} is not known, expected one of {', '.join(MIXES)}")
+        raise QjaxError(f"type {name!r} is not known, expected one of {', '.join(mixes())}, or a .yaml file with a mix")
     return found
 
 
@@ -236,58 +96,85 @@ def file_type(mix: str) -> int:
     return mix_of(mix).file_type
 
 
-def _fits(type_name: str, row: int) -> bool:
-    return row % GGML_TYPES[type_name].block_size == 0
-
-
-def fitting(type_name: str, row: int) -> str:
-    """The type, or what llama-quantize puts in its place for rows that its blocks do not divide."""
-    return next((kind for kind in (type_name, FALLBACK.get(type_name, "F16")) if _fits(kind, row)), "F16")
-
-
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a mix decides over this tensor: not over vectors, norms and expert gates."""
-    found = _NAME.fullmatch(name)
-    return found is not None and len(shape) >= 2 and not found[2].endswith("_norm") and found[2] != "ffn_gate_inp"
-
-
-def _by_rules(mix: Mix, role: str, row: int, place: Place, tied: bool) -> str:
-    """Type by role and layer, before the row length is considered."""
-    if role == "output" or (tied and role == "token_embd"):
-        return mix.output if _fits(mix.base, row) else "Q8_0"
-    chosen = next((rule.type for rule in mix.rules if rule.role == role and rule.when(place)), mix.base)
-    is_70b = place.layers == _70B_LAYERS and place.gqa > 1
-    if role == "attn_v" and is_70b and mix.more_v_at_70b and chosen in ("Q3_K", "Q4_K"):
-        return "Q5_K"
-    return chosen
-
-
-def tensor_type(
-    mix: str, name: str, shape: tuple[int, ...], *, layers: int, gqa: int, tied: bool, imatrix: bool = False
-) -> str:
-    """ggml's type of one tensor in a file that llama-quantize makes from float weights.
-
-    Args:
-        mix: a key of MIXES or ALIASES, in any case.
-        name: the tensor's GGUF name, such as "blk.3.attn_v.weight".
-        shape: in numpy order, last = in_features.
-        layers: how many the model has.
-        gqa: attention heads to a key/value head.
-        tied: the model has no output matrix, its embedding serves as one.
-        imatrix: llama-quantize is given an importance matrix.
-
-    Returns:
-        A key of GGML_TYPES; "F32" for what is never quantized: vectors, norms, expert gates.
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression to be found in tensors' names, in any case.
 
     Raises:
-        QjaxError: unknown mix.
+      QjaxError: it is none.
     """
-    table = mix_of(mix)
-    found = _NAME.fullmatch(name)
-    if found is None or not is_quantizable(name, shape):
-        return "F32"
-    if table.base in ("F32", "F16", "BF16"):
-        return table.base
-    row = shape[-1]
-    place = Place(-1 if found[1] is None else int(found[1]), layers, gqa, imatrix)
-    return fitting(_by_rules(table, found[2], row, place, tied), row)
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise QjaxError(f"expected a regular expression, got {text!r}: {error}") from None
+
+
+def _check_keys(data: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(data, dict):
+        raise QjaxError(f"{where}: expected keys and values, got {data!r:.80}")
+    for key in data:
+        if key not in known:
+            raise QjaxError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+
+
+def _read(read: Callable[[str], T], value: Any, where: str) -> T:
+    """`read` of a text, with the place named in its errors."""
+    try:
+        if not isinstance(value, str):
+            raise QjaxError(f"expected text, got {value!r:.80}")
+        return read(value)
+    except QjaxError as error:
+        raise QjaxError(f"{where}: {error}") from None
+
+
+def _each(read: Callable[[str], T], value: Any, where: str) -> tuple[T, ...]:
+    return tuple(_read(read, item, where) for item in (value if isinstance(value, list) else [value]))
+
+
+def _role(text: str) -> str:
+    if text not in ROLES:
+        raise QjaxError(f"unknown role {text!r}; known are {', '.join(ROLES)}")
+    return text
+
+
+def _file_type(value: Any, where: str) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 32:
+        raise QjaxError(f"{where}: expected a number such as 15, got {value!r:.80}")
+    return value
+
+
+def _mix(data: Any, where: str, known: Mapping[str, Mix]) -> Mix:
+    _check_keys(data, ("extends", "file_type", "base", "output", "rules"), where)
+
+    def parent(text: str) -> Mix:
+        if text.lower() not in known:
+            raise QjaxError(f"unknown mix {text!r}, expected one of {', '.join(known)}")
+        return known[text.lower()]
+
+    if "extends" in data:
+        mix = _read(parent, data["extends"], f"{where}: extends")
+    elif "base" in data:
+        base = _read(type_named, data["base"], f"{where}: base")
+        mix = Mix(base, min((mix.file_type for mix in known.values() if mix.base == base), default=0))
+    else:
+        raise QjaxError(f"{where}: expected a key 'base' (the type of most matrices) or 'extends' (a mix)")
+    rules = data.get("rules", [])
+    if not isinstance(rules, list):
+        raise QjaxError(f"{where}: rules: expected a list, got {rules!r:.80}")
+    return Mix(
+        base=_read(type_named, data.get("base", mix.base), f"{where}: base"),
+        file_type=_file_type(data.get("file_type", mix.file_type), f"{where}: file_type"),
+        output=_read(type_named, data.get("output", mix.output), f"{where}: output"),
+        rules=(*(_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(rules, 1)), *mix.rules),
+    )
+
+
+def _rule(data: Any, where: str) -> Rule:
+    _check_keys(data, ("role", "name", "when", "type"), where)
+    if "type" not in data:
+        raise QjaxError(f"{where}: expected a key 'type'")
+    return Rule(
+        type=_read(type_named, data["type"], f"{where}: type"),
+        roles=_each(_role, data.get("role", []), f"{where}: role"),
+        name=_read(pattern, data["name"], f"{where}: name") if "name" in data else None,
+        when=_each(condition, data.get("when", []), f"{where}: when"),
+    )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from qjax.errors import UnsupportedError
+from qjax.errors import QjaxError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,14 @@ def type_of_name(name: str, where: str) -> GgmlType:
     if found is None:
         raise UnsupportedError(f"{where}: unknown tensor type {name!r}, expected one of {', '.join(GGML_TYPES)}")
     return found
+
+
+def type_named(name: str) -> str:
+    """ggml's name of a type, from any case.
+
+    Raises:
+        QjaxError: there is no such type.
+    """
+    if name.upper() not in GGML_TYPES:
+        raise QjaxError(f"expected a ggml type such as Q4_K or F16, got {name!r}")
+    return name.upper()

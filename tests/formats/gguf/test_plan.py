@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import GGUFFile, open_gguf
-from qjax.formats.gguf.plan import Wish, override, plan, type_named
+from qjax.formats.gguf.plan import Wish, override, plan, read_overrides
+from qjax.formats.gguf.types import type_named
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
 
@@ -68,3 +69,49 @@ def test_refuses_what_is_no_override(text: str) -> None:
 def test_a_pattern_may_hold_the_sign() -> None:
     assert override("a=b=q4_k") == ("a=b", "Q4_K")
     assert type_named("bf16") == "BF16"
+
+
+def test_overrides_of_a_file(tmp_path: Path) -> None:
+    expected = [("ffn_up", "Q8_0"), (r"blk\.[01]\.attn_v", "F16")]
+    (tmp_path / "types.txt").write_text("ffn_up=q8_0 \n" + r"blk\.[01]\.attn_v=f16")
+    (tmp_path / "types.yaml").write_text("tensor_types:\n- ffn_up=q8_0\n" + r"- blk\.[01]\.attn_v=f16")
+    assert read_overrides(tmp_path / "types.txt") == read_overrides(tmp_path / "types.yaml") == expected
+    (tmp_path / "list.yaml").write_text("- ffn_up=q8_0")
+    (tmp_path / "number.yaml").write_text("tensor_types: [3]")
+    (tmp_path / "bad.txt").write_text("ffn_up")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("list.yaml", "number.yaml", "bad.txt", "bytes.txt", "nowhere.txt"):
+        with pytest.raises(QjaxError, match=name):
+            read_overrides(tmp_path / name)
+
+
+def test_floats_with_wishes(file: GGUFFile) -> None:
+    assert types(file, Wish("f16", overrides=[("ffn_down", "Q8_0")])) == ["F16", "F32", "F16", "Q8_0", "F16", "F16"]
+
+
+def test_warns_of_what_has_no_effect(file: GGUFFile) -> None:
+    with pytest.warns(QjaxWarning, match="ffn_dwon=Q8_0: found in the name of no matrix"):
+        plan(file, Wish("q4_k_m", overrides=[("ffn_dwon", "Q8_0"), ("FFN_UP", "Q8_0")]))
+
+
+def test_refuses_rows_that_the_wanted_type_does_not_allow(tmp_path: Path) -> None:
+    narrow = [TensorToWrite("output.weight", (8, 96), "F16", np.zeros(8 * 96 * 2, np.uint8))]
+    write_gguf(tmp_path / "f.gguf", {"general.architecture": "llama"}, narrow)
+    with pytest.raises(QjaxError, match=r"output.weight: its rows of 96 are no whole Q4_K blocks of 256"):
+        plan(open_gguf(tmp_path / "f.gguf"), Wish("q8_0", output_type="q4_k"))
+
+
+def test_warns_of_architectures_with_exceptions(tmp_path: Path) -> None:
+    tensors = [TensorToWrite("output.weight", (8, 256), "F16", np.zeros(4096, np.uint8))]
+    write_gguf(tmp_path / "f.gguf", {"general.architecture": "falcon"}, tensors)
+    with pytest.warns(QjaxWarning, match="exceptions for models of falcon"):
+        plan(open_gguf(tmp_path / "f.gguf"), Wish("q8_0"))
+
+
+@pytest.mark.parametrize("value", ["many", [], True, 2**40, 0, np.array([8, 4], np.int32), ["8"], 0.5])
+def test_heads_of_any_kind_do_not_stop_it(value: object, tmp_path: Path) -> None:
+    """What a model of another architecture or a damaged file says of itself."""
+    metadata = {"general.architecture": "llama", "llama.block_count": value, "llama.attention.head_count": value}
+    tensors = [TensorToWrite("blk.0.attn_v.weight", (8, 256), "F16", np.zeros(4096, np.uint8))]
+    write_gguf(tmp_path / "f.gguf", {**metadata, "llama.attention.head_count_kv": value}, tensors)
+    assert plan(open_gguf(tmp_path / "f.gguf"), Wish("q4_k_m")).keys() == {"blk.0.attn_v.weight"}
