@@ -6,8 +6,9 @@ memory beside the result is that of a few pieces.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,11 +18,15 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from qjax.errors import QjaxError
 from qjax.quantizers import ggml_legacy
-from qjax.quantizers.ggml_k import K_TYPES, SUPER_BLOCK
+from qjax.quantizers.ggml_blocks import FORMS, Steps
+from qjax.quantizers.ggml_iq4 import IQ4_TYPES
+from qjax.quantizers.ggml_k import K_TYPES
 from qjax.quantizers.ggml_weighted import WEIGHTED
 
+# Types that are searched for with importance and without.
+SEARCHED: Mapping[str, Steps] = MappingProxyType({**K_TYPES, **IQ4_TYPES})
 # Every type that floats are encoded to.
-TYPES = (*ggml_legacy.encoders, *K_TYPES)
+TYPES = (*ggml_legacy.encoders, *SEARCHED)
 
 # Weights of a piece: what a search holds of so many stays in a core's cache; extremes are found in one pass anyway.
 _SEARCHED, _PLAIN = 1 << 15, 1 << 19
@@ -31,11 +36,11 @@ Importance = Float32[Array | np.ndarray, " n"]
 
 def block_size(type: str) -> int:
     """Weights of a block of a type in TYPES."""
-    return SUPER_BLOCK if type in K_TYPES else ggml_legacy.encoders[type].block_size
+    return FORMS[type].size if type in SEARCHED else ggml_legacy.encoders[type].block_size
 
 
 def _block_bytes(type: str) -> int:
-    return K_TYPES[type].nbytes if type in K_TYPES else ggml_legacy.encoders[type].block_bytes
+    return FORMS[type].nbytes if type in SEARCHED else ggml_legacy.encoders[type].block_bytes
 
 
 def _columns(rows: np.ndarray, size: int) -> np.ndarray:
@@ -46,22 +51,22 @@ def _columns(rows: np.ndarray, size: int) -> np.ndarray:
 # Steps as programs of their own: within one, XLA:CPU makes what a loop reads anew for every number that it is read for.
 @functools.partial(jax.jit, static_argnums=0)
 def _prepare(type: str, blocks: Any, importance: Any) -> Any:
-    return K_TYPES[type].steps.prepare(blocks, importance)
+    return SEARCHED[type].prepare(blocks, importance)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _search(type: str, groups: Any, weighted: bool) -> Any:
-    return K_TYPES[type].steps.search(groups, weighted)
+    return SEARCHED[type].search(groups, weighted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _finish(type: str, groups: Any, found: Any, weighted: bool) -> Any:
-    return K_TYPES[type].steps.finish(groups, found, weighted)
+    return SEARCHED[type].finish(groups, found, weighted)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pack_k(type: str, made: Any) -> Any:
-    return K_TYPES[type].pack(made).T
+def _pack(type: str, made: Any) -> Any:
+    return FORMS[type].pack(made).T
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,17 +74,17 @@ def _quantize_weighted(type: str, w: Any, importance: Any) -> Any:
     return WEIGHTED[type](w, importance)
 
 
-def _encode_k(type: str, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def _encode_searched(type: str, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     weighted = importance is not None
-    columns = _columns(np.broadcast_to(importance, w.shape), SUPER_BLOCK) if weighted else None
-    groups = _prepare(type, _columns(w, SUPER_BLOCK), columns)
+    columns = _columns(np.broadcast_to(importance, w.shape), FORMS[type].size) if weighted else None
+    groups = _prepare(type, _columns(w, FORMS[type].size), columns)
     made = _finish(type, groups, _search(type, groups, weighted), weighted)
-    return np.asarray(_pack_k(type, made)).reshape(len(w), -1)
+    return np.asarray(_pack(type, made)).reshape(len(w), -1)
 
 
 def _encode_piece(type: str, w: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    if type in K_TYPES:
-        return _encode_k(type, w, importance)
+    if type in SEARCHED:
+        return _encode_searched(type, w, importance)
     if importance is not None and type in WEIGHTED:
         return np.asarray(ggml_legacy.pack_rows(type, _quantize_weighted(type, jnp.asarray(w), importance)))
     return np.asarray(ggml_legacy.encode(type, w))
@@ -110,7 +115,7 @@ def encode(
     rows = w.reshape(-1, n)
     out = np.empty((rows.shape[0], n // size * _block_bytes(type)), np.uint8)
     # Always as many: a program for other shapes may fuse other multiplications and additions, and so round otherwise.
-    searched = type in K_TYPES or (weights is not None and type in WEIGHTED)
+    searched = type in SEARCHED or (weights is not None and type in WEIGHTED)
     each = max(1, (_SEARCHED if searched else _PLAIN) // n)
 
     def piece(first: int) -> None:

@@ -6,6 +6,7 @@ and sums run down the column in ggml's order. Where a compiler may fuse a multip
 XLA may too: a code can differ from ggml's where two candidates are as good as equal.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
+
+from qjax.arrays.codebook import IQ4_VALUES
 
 Groups = Float32[Array, "n *groups"]
 PerGroup = Float32[Array, "*groups"]
@@ -22,6 +25,7 @@ TINY = np.float32(1e-15)
 _SIGNED_STEPS = [step for step in range(-9, 10) if step]
 _POSITIVE_STEPS = [step for step in range(-4, 5) if step]
 _TRIES = 5
+_IQ4_TRIES = 7
 
 
 class Found(NamedTuple):
@@ -62,6 +66,11 @@ def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(none, np.float32(0), a / jnp.where(none, np.float32(1), b))
 
 
+def inverse(x: PerGroup) -> PerGroup:
+    """1 / x, and 0 where x is 0."""
+    return _quotient(jnp.ones_like(x), x)
+
+
 def symmetric(x: Groups, weights: Groups, top: int) -> Found:
     """make_qx_quants: codes 0 ... 2 top - 1 for -top ... top - 1; of 19 scales the best, by least squares."""
     size, number = largest(x)
@@ -93,6 +102,51 @@ def symmetric(x: Groups, weights: Groups, top: int) -> Found:
     return Found(
         jnp.where(zero, np.float32(0), scale), jnp.where(zero[None], np.float32(0), codes(inverse) + np.float32(top))
     )
+
+
+def iq4_codes(x: Groups) -> Groups:
+    """Index of the nearest of IQ4's values, the higher of two as near."""
+    code = jnp.zeros_like(x)
+    for low, high in pairwise(IQ4_VALUES):
+        code = code + (x >= np.float32((low + high) / 2)).astype(jnp.float32)
+    return code
+
+
+def iq4_values(x: Groups) -> Groups:
+    """The nearest of IQ4's values."""
+    value = jnp.full_like(x, IQ4_VALUES[0])
+    for low, high in pairwise(IQ4_VALUES):
+        value = value + jnp.where(x >= np.float32((low + high) / 2), np.float32(high - low), np.float32(0))
+    return value
+
+
+def non_linear(x: Groups, weights: Groups) -> Found:
+    """quantize_row_iq4_nl_impl: codes 0 ... 15 of IQ4's values; of 16 scales the best, by least squares."""
+    size, number = largest(x)
+    zero = size < TINY
+    number = jnp.where(zero, np.float32(1), number)
+
+    def sums(inverse: PerGroup) -> tuple[PerGroup, PerGroup]:
+        value = iq4_values(inverse[None] * x)
+        weighted = weights * value
+        return total(weighted * x), total(weighted * value)
+
+    low = np.float32(IQ4_VALUES[0])
+    # ggml's first try has the sign turned: the largest magnitude goes to 113, not to -127.
+    product, square = sums(np.float32(1) / (number / -low))
+    scale = _quotient(product, square)
+
+    def step(state: Any, nudge: Any) -> Any:
+        scale, best = state
+        product, square = sums((nudge + low) / number)
+        better = (square > 0) & (product * product > best * square)
+        candidate = _quotient(product, square)
+        return (jnp.where(better, candidate, scale), jnp.where(better, candidate * product, best)), None
+
+    nudges = jnp.arange(-_IQ4_TRIES, _IQ4_TRIES + 1, dtype=jnp.float32)
+    (scale, _), _ = lax.scan(step, (scale, scale * product), nudges)
+    scale = jnp.where(zero, np.float32(0), scale)
+    return Found(scale, iq4_codes(inverse(scale)[None] * x))
 
 
 def _descend(

@@ -13,8 +13,8 @@ from qjax.runs.quantize import quantize_file
 pytestmark = pytest.mark.interop
 
 PLAIN = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K_S", "q3_K_M", "q3_K_L", "q4_K_S", "q4_K_M"]
-PLAIN += ["q5_K_S", "q5_K_M", "q6_K"]
-IMATRIX = ["q2_K", "q3_K_M", "q4_K_M"]
+PLAIN += ["q5_K_S", "q5_K_M", "q6_K", "iq4_nl", "iq4_xs"]
+IMATRIX = ["q2_K", "q3_K_M", "q4_K_M", "iq4_xs"]
 
 
 @pytest.mark.parametrize(("kind", "imatrix"), [(kind, False) for kind in PLAIN] + [(kind, True) for kind in IMATRIX])

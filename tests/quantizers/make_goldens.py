@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 GOLDENS = Path(__file__).with_name("ggml_blocks.npz")
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS")
 
 
 def samples() -> tuple[np.ndarray, np.ndarray]:

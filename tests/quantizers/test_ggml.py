@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
-from qjax.quantizers.ggml import TYPES, block_size, encode
-from qjax.quantizers.ggml_k import K_TYPES
+from qjax.quantizers.ggml import SEARCHED, TYPES, block_size, encode
 
 
 def golden_module() -> Any:
@@ -60,7 +59,7 @@ def test_blocks_are_those_of_ggml(kind: str, weighted: bool) -> None:
 
 
 def test_importance_lowers_the_weighted_error() -> None:
-    for kind in ("Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+    for kind in ("Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
         with_it, without = (errors(kind, encode(kind, W[:16], i), W[:16], IMPORTANCE).sum() for i in (IMPORTANCE, None))
         assert with_it < without
 
@@ -76,7 +75,7 @@ def test_pieces_and_shapes(kind: str) -> None:
     np.testing.assert_array_equal(encode(kind, w[3].astype(np.float32)), whole[3])
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(K_TYPES)), st.booleans(), st.integers(-40, 30))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(SEARCHED)), st.booleans(), st.integers(-40, 30))
 @settings(max_examples=25)
 def test_any_block_stays_near(seed: int, kind: str, weighted: bool, power: int) -> None:
     """No block is farther off than its step allows, whatever its size; zeros stay zeros."""
@@ -89,7 +88,7 @@ def test_any_block_stays_near(seed: int, kind: str, weighted: bool, power: int) 
     assert (back[1] == 0).all()
     # Below, float16 scales have no bits left.
     if power > -8:
-        levels = {"Q2_K": 3, "Q3_K": 7, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63}[kind]
+        levels = {"Q2_K": 3, "Q3_K": 7, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63, "IQ4_NL": 15, "IQ4_XS": 15}[kind]
         assert np.abs(back[0] - w[0]).max() <= 2.5 * np.abs(w[0]).max() / levels
 
 
