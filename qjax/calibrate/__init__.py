@@ -1,0 +1,3 @@
+"""A model over text, keeping what quantizers need to know of the inputs of its weights."""
+
+from qjax.calibrate.importance import importance as importance
