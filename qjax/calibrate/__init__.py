@@ -1,1 +1,3 @@
-"""A model over text, keeping what quantizers need to know."""
+"""A model over text, keeping what quantizers need to know of its weights."""
+
+from qjax.calibrate.importance import importance as importance

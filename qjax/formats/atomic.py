@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +55,20 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         # After the rename there is nothing left of this name.
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Say before a long computation what `atomic_file` would say after it.
+
+    Raises:
+        QjaxError: see `atomic_file`.
+    """
+    folder = _checked_target(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _checked_target(path: str | Path) -> Path:
