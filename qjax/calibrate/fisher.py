@@ -7,7 +7,7 @@ all that counts for rounding errors that are independent of one another, and of 
 and columns: F[o, i] ~ rows[o] columns[i] / sum(rows) (as Adafactor keeps second moments; Shazeer & Stern 2018).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int, Int32, PRNGKeyArray
 
 from qjax.arrays import QuantizedArray
+from qjax.calibrate.importance import nothing
 from qjax.errors import QjaxError
 from qjax.formats.gguf.imatrix import Importances
 from qjax.kernels import rms_norm
@@ -94,8 +95,8 @@ def fisher(
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Fisher]:
-    """The Fisher information of every matrix, by its name in a GGUF file, a token of the chunks.
+) -> Importances:
+    """The Fisher information of every matrix, by its name in a GGUF file: sums over the tokens of the chunks.
 
     One chunk at a time: its layers' inputs are held, and of one layer the weights and their gradients in float32.
 
@@ -105,19 +106,51 @@ def fisher(
       seed: of the tokens that are drawn.
       progress: called as (chunks done, chunks).
 
+    Returns:
+      Importances with rows: `write_imatrix` takes them, encoders weight errors by the columns, llama.cpp's too.
+
     Raises:
-      QjaxError: no chunk.
+      QjaxError: no chunk, or gradients that are not finite.
     """
     if not chunks.size:
         raise QjaxError("expected at least one chunk of tokens")
-    sums: dict[str, Fisher] = {}
-    for i, chunk in enumerate(chunks):
-        for name, rows, columns in _of_chunk(params, config, chunk, jax.random.key(seed + i)):
-            before = sums.get(name)
-            rows, columns = np.asarray(rows, np.float64), np.asarray(columns, np.float64)
-            sums[name] = Fisher(rows, columns) if before is None else Fisher(before[0] + rows, before[1] + columns)
-        progress(i + 1, len(chunks))
-    return {name: Fisher(rows / chunks.size, columns / chunks.size) for name, (rows, columns) in sums.items()}
+    found = none_yet = nothing(chunks.shape[1])
+    for found in accumulate(params, config, chunks, none_yet, seed=seed):
+        progress(found.chunks, len(chunks))
+    return found
+
+
+def accumulate(
+    params: dict[str, Any],
+    config: ModelConfig,
+    chunks: Int32[np.ndarray, "chunks seq"],
+    found: Importances,
+    *,
+    seed: int = 0,
+) -> Iterator[Importances]:
+    """Go on from what was found in the first `found.chunks` chunks; yields what is found so far, after each.
+
+    Raises:
+      QjaxError: see `fisher`.
+    """
+    for i in range(found.chunks, len(chunks)):
+        columns, rows = dict(found.sums), dict(found.row_sums)
+        for name, of_rows, of_columns in _of_chunk(params, config, chunks[i], jax.random.key(seed + i)):
+            if not np.isfinite(of_columns).all():
+                raise QjaxError(f"{name}: its gradient is not finite: weights are damaged")
+            rows[name] = rows.get(name, 0.0) + np.asarray(of_rows, np.float64)
+            columns[name] = columns.get(name, 0.0) + np.asarray(of_columns, np.float64)
+        counts = dict.fromkeys(columns, np.array(float((i + 1) * found.chunk_size)))
+        found = found._replace(sums=columns, counts=counts, chunks=i + 1, row_sums=rows)
+        yield found
+
+
+def each(found: Importances) -> dict[str, Fisher]:
+    """The Fisher information of each matrix, a token; empty of importances that are none."""
+    return {
+        name: Fisher(*(sums.astype(np.float64) / float(found.counts[name]) for sums in (rows, found.sums[name])))
+        for name, rows in found.row_sums.items()
+    }
 
 
 def _of_chunk(
@@ -149,30 +182,3 @@ def drawn_rows(fisher: Fisher, count: int, seed: int = 0) -> Int[np.ndarray, " c
     """So many rows, drawn in proportion to `fisher.rows`, for `divergence_of`; sorted."""
     share = fisher.rows / fisher.rows.sum()
     return np.sort(np.random.default_rng(seed).choice(share.size, count, p=share))
-
-
-def as_importances(fishers: Mapping[str, Fisher], *, chunks: int, chunk_size: int, dataset: str) -> Importances:
-    """For a file of importances: the columns with a mean of one, and the rows.
-
-    Encoders weight each column's error by the first, llama.cpp's too.
-    """
-    tokens = chunks * chunk_size
-    known = {name: f for name, f in fishers.items() if f.rows.any()}
-    return Importances(
-        {name: f.columns / f.columns.mean() * tokens for name, f in known.items()},
-        {name: np.array(tokens, np.float64) for name in known},
-        chunks,
-        chunk_size,
-        (dataset,),
-        {name: f.rows * tokens for name, f in known.items()},
-    )
-
-
-def from_importances(found: Importances) -> dict[str, Fisher]:
-    """What `as_importances` was made of; empty of other importances."""
-    fishers = {}
-    for name, rows in found.row_sums.items():
-        total = rows.astype(np.float64) / float(found.counts[name])
-        columns = found.sums[name].astype(np.float64)
-        fishers[name] = Fisher(total, columns / columns.sum() * total.sum())
-    return fishers

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 
 from qjax import api
 from qjax.calibrate.budget import BLOCKED, SUPER_BLOCKED, Budgeted, choices, fit, stored
-from qjax.calibrate.fisher import as_importances, fisher, from_importances
+from qjax.calibrate.fisher import each, fisher
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import divergence, read_base, save_base
@@ -74,22 +74,18 @@ def chunks_for(model: api.Model, budget: Budget) -> Int32[np.ndarray, "chunks n_
     n_ctx = min(N_CTX, model.config.context)
     if budget.data is None:
         with progress_bar("the model writes") as advance:
-            return own_text(
-                model.params, model.config, chunks=budget.chunks, n_ctx=n_ctx, bos_id=bos, progress=advance
-            )
+            return own_text(model.params, model.config, chunks=budget.chunks, n_ctx=n_ctx, bos_id=bos, progress=advance)
     ids = model.encode(read_text(budget.data))
     cut = begun(chunks_of(model.config, ids, n_ctx=n_ctx, bos_id=bos, chunks=None), bos)
     return cut[np.linspace(0, len(cut) - 1, min(budget.chunks, len(cut))).astype(int)]
 
 
 def look(model: api.Model, budget: Budget) -> Importances:
-    """Fisher information of a model, as importances."""
+    """Fisher information of a model."""
     chunks = chunks_for(model, budget)
     with progress_bar("gradients") as advance:
         found = fisher(model.params, model.config, chunks, progress=advance)
-    return as_importances(
-        found, chunks=len(chunks), chunk_size=chunks.shape[1], dataset=budget.data or "text of the model's own"
-    )
+    return found._replace(datasets=(budget.data or OWN_TEXT,))
 
 
 def candidates(source: Source, wish: Wish, kinds: Sequence[str] | None) -> dict[str, list[str]]:
@@ -136,9 +132,7 @@ def within(source: Source, wish: Wish, budget: Budget, known: Importances, colum
     of = candidates(source, wish, budget.types)
     left = room(source, of, budget)
     with progress_bar("types tried", total=len(of)) as advance:
-        tried = choices(
-            source, of, from_importances(known), columns.of, progress=lambda name: advance(note=name)
-        )
+        tried = choices(source, of, each(known), columns.of, progress=lambda name: advance(note=name))
     best = fit(tried, left)
     weights = Counter[str]()
     for name, kind in best.types.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibrate.fisher import Fisher, as_importances, divergence_of, drawn_rows, fisher, from_importances
+from qjax.calibrate.fisher import Fisher, accumulate, divergence_of, drawn_rows, each, fisher
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
 from qjax.formats.gguf.imatrix import read_imatrix, write_imatrix
@@ -53,7 +53,7 @@ def test_sums_are_those_of_the_whole_models_gradients(model: qjax.Model, chunks:
         "token_embd.weight",
         *(f"blk.{i}.{m}.weight" for i in (0, config.layers - 1) for m in MATRICES),
     ]
-    found = fisher(params, config, chunks[:1], seed=7)
+    found = each(fisher(params, config, chunks[:1], seed=7))
     tokens = jnp.asarray(chunks[:1])
 
     def log_likelihood(weights: dict[str, Any]) -> Any:
@@ -75,7 +75,7 @@ def test_sums_are_those_of_the_whole_models_gradients(model: qjax.Model, chunks:
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.ffn_down.weight", "blk.2.attn_v.weight"])
 def test_a_small_errors_divergence_is_foretold(model: qjax.Model, chunks: np.ndarray, name: str) -> None:
-    found = fisher(model.params, model.config, chunks)[name]
+    found = each(fisher(model.params, model.config, chunks))[name]
     w = matrix(model.params, name)
     rng = np.random.default_rng(0)
     error = (0.02 * float(jnp.std(w)) * rng.standard_normal(w.shape)).astype(np.float32)
@@ -98,24 +98,24 @@ def test_rows_drawn_tell_what_all_rows_do() -> None:
 
 def test_a_packed_model_too(model: qjax.Model, chunks: np.ndarray) -> None:
     packed = qjax.load("embedded", quantize="q8_0")
-    ours, theirs = (fisher(m.params, m.config, chunks[:2]) for m in (packed, model))
+    ours, theirs = (each(fisher(m.params, m.config, chunks[:2])) for m in (packed, model))
     for name in ours:
         assert ours[name].rows.sum() == pytest.approx(theirs[name].rows.sum(), rel=0.3)
 
 
 def test_a_file_of_it(model: qjax.Model, chunks: np.ndarray, tmp_path: Path) -> None:
-    """It is an importance matrix with a mean of one, with the rows beside it."""
-    found = fisher(model.params, model.config, chunks[:1])
-    write_imatrix(tmp_path / "f.gguf", as_importances(found, chunks=1, chunk_size=48, dataset="own text"))
-    read = read_imatrix(tmp_path / "f.gguf")
-    assert read.of.keys() == found.keys()
-    for values in read.of.values():
-        assert values.mean() == pytest.approx(1, rel=1e-5)
-    again = from_importances(read)
-    for name, of in found.items():
-        np.testing.assert_allclose(again[name].rows, of.rows, rtol=1e-6)
-        np.testing.assert_allclose(again[name].columns, of.columns, rtol=1e-5, atol=1e-30)
-    assert not from_importances(read._replace(row_sums={}))
+    """It is an importance matrix with the rows beside it; a run goes on from it to the last bit."""
+    whole = fisher(model.params, model.config, chunks[:2])
+    half = fisher(model.params, model.config, chunks[:1])
+    write_imatrix(tmp_path / "f.gguf", half, exact=True)
+    *_, again = accumulate(model.params, model.config, chunks[:2], read_imatrix(tmp_path / "f.gguf"))
+    for name in whole.sums:
+        np.testing.assert_array_equal(again.sums[name], whole.sums[name])
+        np.testing.assert_array_equal(again.row_sums[name], whole.row_sums[name])
+    write_imatrix(tmp_path / "f.gguf", whole)
+    for name, of in each(read_imatrix(tmp_path / "f.gguf")).items():
+        np.testing.assert_allclose(of.rows, each(whole)[name].rows, rtol=1e-6)
+    assert not each(whole._replace(row_sums={}))
 
 
 def test_no_text(model: qjax.Model) -> None:

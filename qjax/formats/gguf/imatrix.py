@@ -106,16 +106,17 @@ def write_imatrix(
     """
     tensors = []
     for name in sorted(importances.sums):
-        sums, counts = importances.sums[name], importances.counts[name][..., None]
-        kept = sums if exact and sums.dtype == np.float64 else sums.astype(np.float32)
-        for suffix, values in ((_SUMS, kept), (_COUNTS, counts.astype(np.float32))):
-            kind = "F64" if values.dtype == np.float64 else "F32"
-            tensors.append(
-                TensorToWrite(name + suffix, values.shape, kind, np.ascontiguousarray(values).view(np.uint8))
-            )
-        if name in importances.row_sums:
-            rows = importances.row_sums[name].astype(np.float32)
-            tensors.append(TensorToWrite(name + _ROWS, rows.shape, "F32", rows.view(np.uint8)))
+        of = {
+            _SUMS: importances.sums[name],
+            _COUNTS: importances.counts[name][..., None].astype(np.float32),
+            _ROWS: importances.row_sums.get(name),
+        }
+        for suffix, values in of.items():
+            if values is None:
+                continue
+            kept = values if exact and values.dtype == np.float64 else values.astype(np.float32)
+            kind = "F64" if kept.dtype == np.float64 else "F32"
+            tensors.append(TensorToWrite(name + suffix, kept.shape, kind, np.ascontiguousarray(kept).view(np.uint8)))
     keys = {
         "general.type": "imatrix",
         "imatrix.datasets": list(importances.datasets),
@@ -168,7 +169,7 @@ def _from_gguf(file: GGUFFile) -> Importances:
         if (count > 0).all():
             sums[weight], counts[weight] = found, count.reshape(found.shape[:-1])
             if weight + _ROWS in file.tensors:
-                rows[weight] = _floats(file, weight + _ROWS, "F32")
+                rows[weight] = _floats(file, weight + _ROWS, "F32", "F64")
     datasets: Any = file.metadata.get("imatrix.datasets", [])
     datasets = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
     chunks, size = (file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))
