@@ -9,7 +9,7 @@ import math
 import mmap
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,6 +27,7 @@ DTYPES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8
 _LONGEST_HEADER = 100_000_000
 _SHARD = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _WHAT = "a .safetensors file"
+_KEYS = ("dtype", "shape", "data_offsets")
 
 
 class StoredTensor(NamedTuple):
@@ -120,43 +121,41 @@ def read_header(data: mmap.mmap | bytes, path: Path) -> dict[str, StoredTensor]:
         FormatError: the file is truncated or damaged: no length, no JSON, or tensors outside the data or in each other.
     """
 
-    def fail(problem: str) -> NoReturn:
-        raise FormatError(f"{path}: {problem}: download or make it again")
-
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(len(data) - 8, _LONGEST_HEADER):
         stranger = "a Git LFS pointer, not the file itself" if data[:8] == b"version " else "truncated, or not one"
-        fail(f"expected {_WHAT}; this is {stranger}")
+        raise _damaged(path, f"expected {_WHAT}; this is {stranger}")
     start = 8 + length
     header = parse_object(data[8:start], f"{path}: its header")
     header.pop("__metadata__", None)
-    tensors = {name: _entry(name, entry, path, start, fail) for name, entry in header.items()}
+    tensors = {name: _entry(name, entry, path, start) for name, entry in header.items()}
     previous = None
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         what = f"tensor {shown(tensor.name)} ({tensor.nbytes} bytes at {tensor.offset})"
         if tensor.offset + tensor.nbytes > len(data):
-            fail(f"{what} reaches past the end of the file, which is truncated")
+            raise _damaged(path, f"{what} reaches past the end of the file, which is truncated")
         if previous is not None and tensor.offset < previous.offset + previous.nbytes:
-            fail(f"{what} overlaps {shown(previous.name)}")
+            raise _damaged(path, f"{what} overlaps {shown(previous.name)}")
         previous = tensor
     return tensors
 
 
-def _entry(name: str, entry: Any, path: Path, start: int, fail: Any) -> StoredTensor:
-    def naturals(value: Any) -> list[int]:
-        if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 1 << 63 for v in value):
-            fail(f"tensor {shown(name)} has a shape or offsets of {shown(str(value))}")
-        return value
-
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        fail(f"tensor {shown(name)} has no dtype")
-    dtype, shape = entry["dtype"], tuple(naturals(entry.get("shape")))
-    offsets = naturals(entry.get("data_offsets"))
+def _entry(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
+    what = f"tensor {shown(name)}"
+    dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
+    if not isinstance(dtype, str) or not _are_natural(shape) or not _are_natural(offsets):
+        raise _damaged(path, f"{what} is described by {shown(str(entry))}, expected {', '.join(_KEYS)}")
     if dtype not in DTYPES:
-        raise UnsupportedError(
-            f"{path}: tensor {shown(name)} has the dtype {shown(dtype)}; known are {', '.join(DTYPES)}"
-        )
+        raise UnsupportedError(f"{path}: {what} has the dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     nbytes = math.prod(shape) * DTYPES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        fail(f"tensor {shown(name)}, {dtype} of shape {shape}, lies at {offsets}, expected {nbytes} bytes")
-    return StoredTensor(name, dtype, shape, path, start + offsets[0], nbytes)
+        raise _damaged(path, f"{what}, {dtype} of shape {tuple(shape)}, lies at {offsets}, expected {nbytes} bytes")
+    return StoredTensor(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
+
+
+def _are_natural(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _damaged(path: Path, problem: str) -> FormatError:
+    return FormatError(f"{path}: {problem}: download or make it again")

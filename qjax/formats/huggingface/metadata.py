@@ -131,7 +131,10 @@ def rope_factors(config: Config) -> Float32[np.ndarray, " half"] | None:
     if str(rope["rope_type"]).lower() != "llama3":
         return None
     dim, theta = config.head_dim, config.number("rope_theta", 10000.0, rope)
-    factor, context = config.number("factor", 8.0, rope), config.number("original_max_position_embeddings", 8192, rope)
+    factor, context = (
+        config.number("factor", 8.0, rope),
+        config.number("original_max_position_embeddings", 8192.0, rope),
+    )
     low, high = config.number("low_freq_factor", 1.0, rope), config.number("high_freq_factor", 4.0, rope)
     if low >= high:
         raise FormatError(f"{config.path}: low_freq_factor {low} is not below high_freq_factor {high}")

@@ -7,12 +7,14 @@ format. Source: src/sentencepiece_model.proto of google/sentencepiece.
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from qjax.errors import FormatError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _BYTES, _FIXED32 = 0, 2, 5
+# Bytes of the kinds of fixed length.
+_FIXED = {1: 8, _FIXED32: 4}
 
 
 class Piece(NamedTuple):
@@ -50,40 +52,39 @@ def _piece(data: bytes, path: Path) -> Piece:
 def _fields(data: bytes, path: Path) -> Iterator[tuple[int, int | float | bytes]]:
     """(number, value) of each field of a message: varints as int, 32-bit ones as float, all else as bytes."""
     at = 0
-
-    def fail() -> NoReturn:
-        raise FormatError(f"{path}: expected a SentencePiece model; it is truncated or damaged at byte {at}")
-
-    def varint() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 64, 7):
-            if at >= len(data):
-                fail()
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        fail()
-
-    def some(count: int) -> bytes:
-        nonlocal at
-        if count > len(data) - at:
-            fail()
-        at += count
-        return data[at - count : at]
-
     while at < len(data):
-        key = varint()
-        kind = key & 7
+        key, at = _varint(data, at, path)
+        kind, value = key & 7, None
         if kind == _VARINT:
-            yield key >> 3, varint()
-        elif kind == _FIXED32:
-            yield key >> 3, struct.unpack("<f", some(4))[0]
+            value, at = _varint(data, at, path)
+        elif kind in _FIXED:
+            size = _FIXED[kind]
         elif kind == _BYTES:
-            yield key >> 3, some(varint())
-        elif kind == _FIXED64:
-            yield key >> 3, some(8)
+            size, at = _varint(data, at, path)
         else:
-            fail()
+            raise _damaged(path, at)
+        if value is None:
+            if size > len(data) - at:
+                raise _damaged(path, at)
+            value, at = data[at : at + size], at + size
+            if kind == _FIXED32:
+                (value,) = struct.unpack("<f", value)
+        yield key >> 3, value
+
+
+def _varint(data: bytes, at: int, path: Path) -> tuple[int, int]:
+    """The number at a position, seven bits a byte, and the position after it."""
+    value = 0
+    for shift in range(0, 64, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise _damaged(path, at)
+
+
+def _damaged(path: Path, at: int) -> FormatError:
+    return FormatError(f"{path}: expected a SentencePiece model; it is truncated or damaged at byte {at}")

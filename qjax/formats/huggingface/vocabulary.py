@@ -116,6 +116,10 @@ def _add_special(
             nothing = {"bos": False, "eos": False}
             special.add_special_token = nothing | (special.add_special_token if templates else {})
         special.add_to_gguf(writer, quiet=True)
+        named = writer.kv_data[0].get(gguf.Keys.Tokenizer.CHAT_TEMPLATES)
+        if named is not None:
+            # They come out of a set, in another order each time.
+            named.value.sort()
     # The package reads the files as they come: broken ones make it raise whatever Python raises.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
