@@ -257,12 +257,13 @@ def convert(
     target: str | Path,
     *,
     quantize: str | None = None,
+    split_max_bytes: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Rewrite a GGUF file, tensor by tensor through packed arrays: the same bytes, or float matrices quantized.
 
-    One tensor is in memory at a time. A split source becomes one file. `progress` is told each tensor's name once its
-    bytes are made.
+    One tensor is in memory at a time. A split source becomes one file, or shards by `split_max_bytes` (see
+    `write_gguf`), the first of which is returned. `progress` is told each tensor's name once its bytes are made.
 
     Raises:
       QjaxError: the source cannot be read, or `quantize` names no type with an encoder.
@@ -304,8 +305,8 @@ def convert(
     metadata = dict(file.metadata)
     if quantize is not None:
         _set_file_type(metadata, types, [tensor.shape for tensor in tensors])
-    write_gguf(target, metadata, tensors, metadata_types=file.metadata_types)
-    return Path(target)
+    types_kept = file.metadata_types
+    return write_gguf(target, metadata, tensors, metadata_types=types_kept, split_max_bytes=split_max_bytes)[0]
 
 
 def _encoded(kind: str, w: Any) -> Any:

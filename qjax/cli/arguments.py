@@ -43,7 +43,7 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """Bytes of "2GiB"."""
     from qjax.runs.sizes import parse_size
 

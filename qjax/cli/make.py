@@ -1,8 +1,9 @@
 """The commands that make files: convert, quantize."""
 
 import argparse
+from collections.abc import Sequence
 
-from qjax.cli.arguments import Commands, add_json
+from qjax.cli.arguments import Commands, add_json, byte_count
 from qjax.errors import QjaxError
 
 
@@ -16,6 +17,7 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("target", help="the file to write")
     sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
+    _add_split(sub)
     add_json(sub)
 
     sub = commands.add(
@@ -38,20 +40,40 @@ def add(commands: Commands) -> None:
         help="type of the tensors whose name the expression is found in; the first that fits decides",
     )
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
+    _add_split(sub)
+    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
     sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
     add_json(sub)
 
 
+def _add_split(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--split-max-size",
+        type=byte_count,
+        metavar="SIZE",
+        help="write shards NAME-00001-of-0000N.gguf with up to this size of tensors each, such as 2GiB or 500M",
+    )
+
+
 def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
+    from qjax.formats.gguf import open_gguf
     from qjax.runs.console import console, emit_json, progress_bar
 
     with progress_bar(f"writing {args.target}") as advance:
-        path = convert(args.model, args.target, quantize=args.type, progress=lambda _: advance())
+        path = convert(
+            args.model,
+            args.target,
+            quantize=args.type,
+            split_max_bytes=args.split_max_size,
+            progress=lambda _: advance(),
+        )
+    files = open_gguf(path).shards
     if args.json:
-        emit_json({"path": str(path), "bytes": path.stat().st_size})
+        size = sum(file.stat().st_size for file in files)
+        emit_json({"path": str(path), "files": [str(file) for file in files], "bytes": size})
     else:
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {_named(files)}", markup=False)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -83,10 +105,17 @@ def _quantize(args: argparse.Namespace) -> None:
             wish,
             imatrix=args.imatrix,
             requantize=args.allow_requantize,
+            split_max_bytes=args.split_max_size,
+            fresh=args.fresh,
             progress=lambda name: advance(note=name),
         )
     if args.json:
         emit_json(result)
     else:
-        size = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
-        console.print(f"wrote {result['path']}: {size}", markup=False)
+        summary = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
+        console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
+
+
+def _named(files: Sequence[object]) -> str:
+    more = len(files) - 1
+    return f"{files[0]} and {more} more" if more else str(files[0])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import __version__
 from qjax.api import check_encodable
 from qjax.errors import QjaxError
 from qjax.formats.gguf import GGUFFile, open_gguf
@@ -20,10 +21,11 @@ from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
+from qjax.formats.pieces import Resume, fingerprint
 from qjax.models.load import read_array
 from qjax.quantizers.ggml import encode
 from qjax.quantizers.ggml_legacy import check_finite
-from qjax.runs.console import emit, megabytes, show_table
+from qjax.runs.console import console, emit, megabytes, show_table
 
 
 class Planned(NamedTuple):
@@ -68,9 +70,18 @@ def quantize_file(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    split_max_bytes: int | None = None,
+    fresh: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Write the quantized file, whole or not at all; a tensor at a time is in memory. Returns `facts` and the path.
+    """Write the quantized file, whole or not at all; a tensor at a time is in memory. Returns `facts` and the files.
+
+    What a run that was killed has done is not done again, unless source, importance or wish have changed since.
+
+    Args:
+      split_max_bytes: see `write_gguf`.
+      fresh: begin anew, whatever a killed run has done.
+      progress: told each tensor's name once its bytes are made or found.
 
     Raises:
       QjaxError: see `plan_file` and `read_imatrix`; an importance of another length than its weight's rows.
@@ -102,8 +113,19 @@ def quantize_file(
         if importances.datasets:
             metadata["quantize.imatrix.dataset"] = importances.datasets[0]
     writes = [TensorToWrite(t.name, t.shape, t.target, functools.partial(made, t)) for t in tensors]
-    write_gguf(target, metadata, writes, metadata_types=types)
-    return {"path": str(target), **facts(tensors)}
+    found = 0
+
+    def resuming(done: int, total: int) -> None:
+        nonlocal found
+        found = done
+        console.print(f"resuming: {done} of {total} tensors are done", markup=False)
+        for tensor in tensors[:done]:
+            progress(tensor.name)
+
+    sources = [*file.shards, *([] if imatrix is None else [imatrix])]
+    resume = Resume(fingerprint(sources, __version__, wish), fresh, resuming)
+    files = write_gguf(target, metadata, writes, metadata_types=types, split_max_bytes=split_max_bytes, resume=resume)
+    return {"path": str(files[0]), "files": [str(path) for path in files], "resumed": found, **facts(tensors)}
 
 
 def _floats(file: GGUFFile, tensor: Planned) -> np.ndarray:
