@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.api import QUANTIZE_TYPES
 from qjax.arrays import QuantizedArray
 from qjax.errors import FormatError, QjaxError, QjaxWarning
 from qjax.evaluate.shapes import Shape, llama, metadata
@@ -20,6 +19,7 @@ from qjax.evaluate.synthetic import save_synthetic, synthetic_blocks
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.models.load import expected_shapes
+from qjax.models.rewrite import PLAIN_TYPES
 
 SHAPE = Shape("tiny", llama(layers=1, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=320, context=128))
 K_SHAPE = Shape("tiny", llama(layers=2, hidden=256, heads=4, kv_heads=2, ffn=256, vocab=320, context=128))
@@ -111,7 +111,7 @@ def test_conversion_encodes_as_gguf_does(f16: Path, name: str, tmp_path: Path) -
             want = tensor.tensor_type.name, tensor.data.tobytes()
         assert got[tensor.name] == want, tensor.name
     made = open_gguf(target).metadata
-    assert made["general.file_type"] == QUANTIZE_TYPES[name] == gguf.LlamaFileType[_file_type(name)].value
+    assert made["general.file_type"] == PLAIN_TYPES[name] == gguf.LlamaFileType[_file_type(name)].value
     assert made["general.architecture"] == "llama"
 
 
@@ -126,7 +126,7 @@ def test_quantized_while_loading_is_the_converted_file(f16: Path, name: str, tmp
     same_trees(loaded.params, qjax.load(tmp_path / "x.gguf").params)
     qjax.save(loaded, tmp_path / "saved.gguf")
     assert read(tmp_path / "saved.gguf") == read(tmp_path / "x.gguf")
-    assert open_gguf(tmp_path / "saved.gguf").metadata["general.file_type"] == QUANTIZE_TYPES[name.lower()]
+    assert open_gguf(tmp_path / "saved.gguf").metadata["general.file_type"] == PLAIN_TYPES[name.lower()]
 
 
 def test_a_function_quantizes_too(f16: Path) -> None:

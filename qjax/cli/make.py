@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from qjax.cli.arguments import Commands, add_json, byte_count
 from qjax.errors import QjaxError
@@ -11,18 +12,21 @@ def add(commands: Commands) -> None:
     """Their arguments."""
     sub = commands.add(
         "convert",
-        "Rewrite a GGUF file, or quantize a float one.",
-        "qjax convert f16.gguf q8.gguf --type q8_0",
+        "Write a Hugging Face folder or a GGUF file as GGUF, as it is or quantized.",
+        "qjax convert HF_FOLDER -o q4_k_m.gguf --type q4_k_m",
         _convert,
     )
-    sub.add_argument("target", help="the file to write")
-    sub.add_argument("--type", help="quantize float matrices to this type; default: keep every byte")
-    _add_split(sub)
+    sub.add_argument("target", nargs="?", help="the file to write; or give it by -o")
+    sub.add_argument("-o", "--output", metavar="FILE", help="the file to write")
+    sub.add_argument(
+        "--type", help="a plain type such as f16 or q8_0 for every float matrix, or a mix; default: as they are"
+    )
+    _add_output(sub)
     add_json(sub)
 
     sub = commands.add(
         "quantize",
-        "Make a quantized GGUF file from a float one, with llama.cpp's mixes.",
+        "Make a quantized GGUF file from a float one or a Hugging Face folder, with llama.cpp's mixes.",
         "qjax quantize f16.gguf -o q4_k_m.gguf --type q4_k_m --imatrix imatrix.gguf",
         _quantize,
     )
@@ -40,33 +44,39 @@ def add(commands: Commands) -> None:
         help="type of the tensors whose name the expression is found in; the first that fits decides",
     )
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
-    _add_split(sub)
-    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
+    _add_output(sub)
     sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
     add_json(sub)
 
 
-def _add_split(sub: argparse.ArgumentParser) -> None:
+def _add_output(sub: argparse.ArgumentParser) -> None:
+    """How the file is written."""
     sub.add_argument(
         "--split-max-size",
         type=byte_count,
         metavar="SIZE",
         help="write shards NAME-00001-of-0000N.gguf with up to this size of tensors each, such as 2GiB or 500M",
     )
+    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
 
 
 def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
     from qjax.formats.gguf import open_gguf
-    from qjax.runs.console import console, emit_json, progress_bar
+    from qjax.runs.console import console, emit_json, progress_bar, say_resumed
 
-    with progress_bar(f"writing {args.target}") as advance:
+    if (args.target is None) == (args.output is None):
+        raise QjaxError("give the file to write by -o FILE, or after the model, once")
+    target = args.target or args.output
+    with progress_bar(f"writing {target}") as advance:
         path = convert(
             args.model,
-            args.target,
+            target,
             quantize=args.type,
             split_max_bytes=args.split_max_size,
+            fresh=args.fresh,
             progress=lambda _: advance(),
+            resumed=say_resumed,
         )
     files = open_gguf(path).shards
     if args.json:
@@ -116,6 +126,6 @@ def _quantize(args: argparse.Namespace) -> None:
         console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
 
 
-def _named(files: Sequence[object]) -> str:
+def _named(files: Sequence[str | Path]) -> str:
     more = len(files) - 1
     return f"{files[0]} and {more} more" if more else str(files[0])

@@ -49,7 +49,7 @@ def _shards(chosen: str, names: list[str]) -> list[str]:
 
 
 def locate(model: str | Path) -> Path:
-    """Path of a GGUF file (the first shard of a split one); fetched from the Hub if it is an id of it.
+    """Path of a GGUF file (the first shard of a split one) or a Hugging Face folder; fetched if it is a Hub id.
 
     Args:
       model: a path, a folder with one model, "embedded", or a Hub id "owner/name" or "owner/name:file".
@@ -62,6 +62,8 @@ def locate(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         names = [entry.name for entry in path.iterdir() if entry.suffix == ".gguf"]
+        if not names and (path / "config.json").exists():
+            return path
         return path / _one_of(names, str(path), "by its path")
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""From a GGUF file to params, tensor by tensor: never more than one tensor beside the packed model."""
+"""From a source to params, tensor by tensor: never more than one tensor beside the packed model."""
 
 import itertools
 import warnings
@@ -10,8 +10,9 @@ import numpy as np
 
 from qjax.arrays import Partitioned, QuantizedArray, RawBlockArray
 from qjax.errors import FormatError, QjaxError, QjaxWarning, UnsupportedError
-from qjax.formats.gguf import GGUFFile, from_blocks
+from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES, READABLE_TYPES
+from qjax.formats.source import Source
 from qjax.models.config import ModelConfig, config_from_gguf
 
 Make = Callable[[str, Any], Any]
@@ -62,7 +63,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_config(file: GGUFFile, vocab: int) -> ModelConfig:
+def read_config(file: Source, vocab: int) -> ModelConfig:
     """`config_from_gguf`, with the file named in its errors."""
     try:
         return config_from_gguf(file.metadata, vocab)
@@ -70,7 +71,22 @@ def read_config(file: GGUFFile, vocab: int) -> ModelConfig:
         raise type(error)(f"{file.path}: {error}") from error
 
 
-def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
+def checked_config(file: Source) -> ModelConfig:
+    """The config of a model whose tensors are all there, with the shapes that it says.
+
+    Raises:
+      UnsupportedError, FormatError: see `config_from_gguf` and `check_tensors`.
+    """
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        read_config(file, 1)
+        raise FormatError(f"{file.path}: tensor 'token_embd.weight' is missing; this file holds no weights")
+    config = read_config(file, embedding.shape[0] if embedding.shape else 1)
+    check_tensors(file, config)
+    return config
+
+
+def check_tensors(file: Source, config: ModelConfig) -> None:
     """Every tensor that the model needs is there with its shape, and none that it would not use.
 
     Raises:
@@ -105,7 +121,7 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             )
 
 
-def read_array(file: GGUFFile, name: str, *, apply_scale: bool = True) -> Any:
+def read_array(file: Source, name: str, *, apply_scale: bool = True) -> Any:
     """One tensor as a packed or float array, with the `.scale` tensor of an NVFP4 weight applied unless unwanted.
 
     Its leaves are numpy's and may be views on the file: `file.release(name)` is for when they are done with.
@@ -157,14 +173,14 @@ def warn_kept(name: str, kind: str) -> None:
 
 
 def load_gguf(
-    file: GGUFFile,
+    file: Source,
     *,
     make: Make | None = None,
     lay_out: LayOut = keep,
     place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """Params and config of an open GGUF file.
+    """Params and config of an open GGUF file or Hugging Face folder.
 
     Args:
       make: `make(name, float32 [out, in]) -> array`, asked for each float matrix: in-situ quantization.
@@ -177,12 +193,7 @@ def load_gguf(
     Raises:
       UnsupportedError, FormatError: see `config_from_gguf` and `check_tensors`.
     """
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        read_config(file, 1)
-        raise FormatError(f"{file.path}: tensor 'token_embd.weight' is missing; this file holds no weights")
-    config = read_config(file, embedding.shape[0] if embedding.shape else 1)
-    check_tensors(file, config)
+    config = checked_config(file)
 
     def get(name: str) -> Any:
         array = read_array(file, name)

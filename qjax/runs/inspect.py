@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qjax.formats.gguf import open_gguf
 from qjax.formats.locate import locate
+from qjax.formats.source import open_source
 from qjax.runs.console import emit, megabytes, show_table
 
 # Bytes of a weight once it is dequantized to 16-bit floats.
@@ -14,8 +14,8 @@ DEQUANTIZED_BYTES = 2
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
-    """Facts of a GGUF file: format, arch, parameters, bytes (packed, and as 16-bit floats), and its tensors."""
-    file = open_gguf(locate(model))
+    """Facts of a file or folder: format, arch, parameters, bytes (packed, and as 16-bit floats), and its tensors."""
+    file = open_source(locate(model))
     tensors = [
         {
             "name": info.name,
@@ -31,7 +31,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     arch, name = _text(file.metadata, "general.architecture"), _text(file.metadata, "general.name")
     return {
         "path": str(file.path),
-        "format": f"GGUF v{file.version}",
+        "format": file.format,
         "arch": arch,
         "name": name,
         "parameters": parameters,

@@ -14,8 +14,8 @@ from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
 from qjax.evaluate.divergence import divergence, read_base, save_base
 from qjax.evaluate.perplexity import Perplexity, chunks_of
-from qjax.formats.gguf import open_gguf
 from qjax.formats.locate import locate
+from qjax.formats.source import open_source
 from qjax.runs.console import console, emit, emit_json, progress_bar
 
 
@@ -108,7 +108,7 @@ def _lines() -> Any:
 
 def tokenize(model: str, text: str, *, bos: bool, parse_special: bool, as_json: bool) -> None:
     """Ids of a text and the text decoded back; weights are not loaded."""
-    file = open_gguf(locate(model))
+    file = open_source(locate(model))
     tokenizer = api.read_tokenizer(file.metadata, file.path)
     ids = tokenizer.encode(text, add_bos=bos, parse_special=parse_special)
     if as_json:

@@ -17,7 +17,7 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
-from qjax.runs import quantize
+from qjax.models import rewrite
 from qjax.runs.quantize import plan_file, quantize_file
 
 
@@ -127,7 +127,7 @@ def test_while_loading_by_importance(tmp_path: Path) -> None:
 # The process dies in the middle of the run, when it is about to make its tenth tensor of blocks.
 KILLED = """
 import os, signal, sys
-import qjax.runs.quantize as module
+import qjax.models.rewrite as module
 from qjax.cli import main
 encode, calls = module.encode, []
 def dying(*args):
@@ -154,8 +154,8 @@ def test_a_killed_run_goes_on(
         made.append(kind)
         return encode(kind, *args)
 
-    encode = quantize.encode
-    monkeypatch.setattr(quantize, "encode", counted)
+    encode = rewrite.encode
+    monkeypatch.setattr(rewrite, "encode", counted)
     assert main(argv) == 0
     blocks = sum(info.type != "F32" for info in open_gguf(q4_k_m).tensors.values())
     assert len(made) == blocks - 9
@@ -172,6 +172,8 @@ def test_what_is_done_counts_for_the_same_wish_only(tmp_path: Path, monkeypatch:
     source.write_bytes(qjax.load("embedded").source.read_bytes())
 
     wish = Wish("q8_0")
+    shapes = {name: info.shape for name, info in open_gguf(source).tensors.items()}
+    imatrix = importance_file(tmp_path / "i.gguf", {n: s[-1] for n, s in shapes.items() if len(s) == 2})
 
     def resumed(wish: Wish, touched: bool = False, **options: Any) -> int:
         """How many tensors a run finds, after one that is stopped at its third tensor of blocks."""
@@ -183,9 +185,9 @@ def test_what_is_done_counts_for_the_same_wish_only(tmp_path: Path, monkeypatch:
                 raise KeyboardInterrupt
             return encode(kind, *args)
 
-        encode = quantize.encode
+        encode = rewrite.encode
         with monkeypatch.context() as patch:
-            patch.setattr(quantize, "encode", stopping)
+            patch.setattr(rewrite, "encode", stopping)
             with pytest.raises(KeyboardInterrupt):
                 quantize_file(source, path, Wish("q8_0"))
         if touched:
@@ -195,7 +197,7 @@ def test_what_is_done_counts_for_the_same_wish_only(tmp_path: Path, monkeypatch:
     assert resumed(wish) == 3
     assert resumed(wish, fresh=True) == 0
     assert resumed(wish, touched=True) == 0
-    # Of the same types: what was wished counts, not what it comes to.
-    assert resumed(wish._replace(output_type="q8_0")) == 0
+    assert resumed(wish._replace(embedding_type="q4_0")) == 0
+    assert resumed(wish, imatrix=imatrix) == 0
     assert resumed(wish, split_max_bytes=10**6) == 0
     assert not list(tmp_path.glob(".*"))

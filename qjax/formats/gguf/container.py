@@ -5,7 +5,6 @@ Metadata come as Python values, tensors as views of the map: nothing of a tensor
 """
 
 import mmap
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ from qjax.errors import FormatError
 from qjax.formats.gguf.cursor import shown
 from qjax.formats.gguf.header import Header, TensorInfo, read_header
 from qjax.formats.gguf.split import join_shards, shard_paths
+from qjax.formats.mapped import drop_pages, map_file
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
+
+_WHAT = "a .gguf file"
 
 
 class GGUFFile:
@@ -47,6 +49,16 @@ class GGUFFile:
             join_shards(paths, headers) if len(paths) > 1 else dict(headers[0].tensors)
         )
         self._maps = dict(zip(paths, maps, strict=True))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the model is read from, as every `Source` says it."""
+        return self.shards
+
+    @property
+    def format(self) -> str:
+        """What it is, for people."""
+        return f"GGUF v{self.version}"
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies.
@@ -80,10 +92,7 @@ class GGUFFile:
             FormatError: the file has no tensor of this name.
         """
         info = self.info(name)
-        # Not every system has madvise; without it the system drops the pages when it needs memory.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = info.offset - info.offset % mmap.PAGESIZE
-            self._maps[info.path].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+        drop_pages(self._maps[info.path], info.offset, info.nbytes)
 
     def __repr__(self) -> str:
         return f"GGUFFile({str(self.path)!r}, {len(self.tensors)} tensors, {len(self.shards)} file(s))"
@@ -103,27 +112,9 @@ def open_gguf(path: str | Path) -> GGUFFile:
         UnsupportedError: GGUF version 1, big-endian, or a type that qjax does not know.
     """
     path = Path(path)
-    first = _map_file(path)
+    first = map_file(path, _WHAT)
     header = read_header(first, path)
     paths = shard_paths(path, header)
-    maps = [first if p == path else _map_file(p) for p in paths]
+    maps = [first if p == path else map_file(p, _WHAT) for p in paths]
     headers = [header if p == path else read_header(m, p) for p, m in zip(paths, maps, strict=True)]
     return GGUFFile(paths, maps, headers)
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    """Map a whole file for reading; FormatError unless it is a readable, non-empty, regular file."""
-    try:
-        mode = path.stat()
-        if stat.S_ISDIR(mode.st_mode):
-            raise FormatError(f"{path}: this is a directory, expected a .gguf file: name the file in it")
-        if not stat.S_ISREG(mode.st_mode):
-            raise FormatError(f"{path}: this is no regular file, expected a .gguf file")
-        if mode.st_size == 0:
-            raise FormatError(f"{path}: the file is empty, expected a GGUF file: download or make it again")
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: there is no such file") from error
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read: {error}") from error

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qjax.errors import QjaxError
-from qjax.formats.gguf.container import GGUFFile
 from qjax.formats.gguf.mixes import fitting, is_quantizable, mix_of, tensor_type
 from qjax.formats.gguf.types import GGML_TYPES
+from qjax.formats.source import Source
 
 
 class Wish(NamedTuple):
@@ -62,7 +62,7 @@ def _number(metadata: Mapping[str, Any], key: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def plan(file: GGUFFile, wish: Wish) -> dict[str, str]:
+def plan(file: Source, wish: Wish) -> dict[str, str]:
     """The type of each tensor in the quantized file; vectors, norms and the like keep theirs.
 
     Raises:

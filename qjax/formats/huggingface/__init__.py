@@ -1,0 +1,1 @@
+"""Hugging Face folders (config.json, safetensors, tokenizer files), seen as if llama.cpp had converted them."""
