@@ -7,7 +7,7 @@ for piece in model.generate("Once upon a time", max_tokens=64):
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from qjax.version import __version__
 
 # Resolved on first use: `import qjax.formats.gguf` need not wait for all of JAX.
 _PUBLIC = {

@@ -221,22 +221,31 @@ def convert(
     target: str | Path,
     *,
     quantize: str | None = None,
+    split_max_bytes: int | None = None,
+    fresh: bool = False,
     progress: Callable[[str], None] = lambda name: None,
+    resumed: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write a GGUF file or a Hugging Face folder as one GGUF file: as it is, or quantized.
+    """Write a GGUF file or a Hugging Face folder as one GGUF file or its shards: as it is, or quantized.
 
-    One tensor is in memory at a time. `progress` is told each tensor's name once its bytes are made.
+    One tensor is in memory at a time. `progress` is told each tensor's name once its bytes are made, or found: what a
+    killed run of the same has done is not done again.
 
     Args:
       source: see `load`.
       quantize: a plain type ("q8_0") for every float matrix, or one of llama.cpp's mixes ("q4_k_m").
+      split_max_bytes, fresh, resumed: see `qjax.models.rewrite.Output`.
+
+    Returns:
+      The file, or the first shard.
 
     Raises:
       QjaxError: the source cannot be read, is quantized already, or there is no encoder for `quantize`.
     """
     opened = open_source(locate(source))
+    output = rewrite.Output(split_max_bytes, fresh, resumed)
     if quantize is not None and quantize.lower() not in PLAIN_TYPES and is_mix(quantize):
-        rewrite.convert_to_mix(opened, target, Wish(quantize), progress=progress)
+        files, _ = rewrite.convert_to_mix(opened, target, Wish(quantize), output=output, progress=progress)
     else:
-        rewrite.convert(opened, target, quantize=quantize, progress=progress)
-    return Path(target)
+        files = rewrite.convert(opened, target, quantize=quantize, output=output, progress=progress)
+    return files[0]

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from qjax.errors import QjaxError
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Examples keep their lines."""
@@ -39,6 +41,16 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def byte_count(text: str) -> int:
+    """Bytes of "2GiB"."""
+    from qjax.runs.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except QjaxError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 MODEL_HELP = "a .gguf file, a folder with one or with a Hugging Face model, 'embedded', or a Hub id owner/name[:file]"

@@ -1,8 +1,10 @@
 """The commands that make files: convert, quantize."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
-from qjax.cli.arguments import Commands, add_json
+from qjax.cli.arguments import Commands, add_json, byte_count
 from qjax.errors import QjaxError
 
 
@@ -19,6 +21,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--type", help="a plain type such as f16 or q8_0 for every float matrix, or a mix; default: as they are"
     )
+    _add_output(sub)
     add_json(sub)
 
     sub = commands.add(
@@ -41,23 +44,46 @@ def add(commands: Commands) -> None:
         help="type of the tensors whose name the expression is found in; the first that fits decides",
     )
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
+    _add_output(sub)
     sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
     add_json(sub)
 
 
+def _add_output(sub: argparse.ArgumentParser) -> None:
+    """How the file is written."""
+    sub.add_argument(
+        "--split-max-size",
+        type=byte_count,
+        metavar="SIZE",
+        help="write shards NAME-00001-of-0000N.gguf with up to this size of tensors each, such as 2GiB or 500M",
+    )
+    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
+
+
 def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
-    from qjax.runs.console import console, emit_json, progress_bar
+    from qjax.formats.gguf import open_gguf
+    from qjax.runs.console import console, emit_json, progress_bar, say_resumed
 
     if (args.target is None) == (args.output is None):
         raise QjaxError("give the file to write by -o FILE, or after the model, once")
     target = args.target or args.output
     with progress_bar(f"writing {target}") as advance:
-        path = convert(args.model, target, quantize=args.type, progress=lambda _: advance())
+        path = convert(
+            args.model,
+            target,
+            quantize=args.type,
+            split_max_bytes=args.split_max_size,
+            fresh=args.fresh,
+            progress=lambda _: advance(),
+            resumed=say_resumed,
+        )
+    files = open_gguf(path).shards
     if args.json:
-        emit_json({"path": str(path), "bytes": path.stat().st_size})
+        size = sum(file.stat().st_size for file in files)
+        emit_json({"path": str(path), "files": [str(file) for file in files], "bytes": size})
     else:
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {_named(files)}", markup=False)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -89,10 +115,17 @@ def _quantize(args: argparse.Namespace) -> None:
             wish,
             imatrix=args.imatrix,
             requantize=args.allow_requantize,
+            split_max_bytes=args.split_max_size,
+            fresh=args.fresh,
             progress=lambda name: advance(note=name),
         )
     if args.json:
         emit_json(result)
     else:
-        size = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
-        console.print(f"wrote {result['path']}: {size}", markup=False)
+        summary = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
+        console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
+
+
+def _named(files: Sequence[str | Path]) -> str:
+    more = len(files) - 1
+    return f"{files[0]} and {more} more" if more else str(files[0])

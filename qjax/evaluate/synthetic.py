@@ -290,4 +290,5 @@ def save_synthetic(
 
     planned = plan(shape.config, mix)
     tensors = (TensorToWrite(name, t.shape, t.type, data(name, t)) for name, t in planned.items())
-    return write_gguf(path, metadata(shape, mix), tensors)
+    [file] = write_gguf(path, metadata(shape, mix), tensors)
+    return file.stat().st_size

@@ -36,25 +36,20 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         QjaxError: the folder is missing, `path` is a directory, or the disk refuses.
     """
-    target = _checked_target(path)
+    target = checked_target(path)
     # The name is cut so that it stays within what file systems allow.
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
-            yield file
-            file.flush()
-            if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        if error.errno in _DISK_ERRORS or str(error.filename) == str(temporary):
-            raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
-        raise
+        with refusals(path, temporary):
+            with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            install(temporary, target)
     finally:
         # After the rename there is nothing left of this name.
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def check_writable(path: str | Path) -> None:
@@ -63,7 +58,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         QjaxError: see `atomic_file`.
     """
-    folder = _checked_target(path).parent
+    folder = checked_target(path).parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -71,7 +66,29 @@ def check_writable(path: str | Path) -> None:
         raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _checked_target(path: str | Path) -> Path:
+@contextlib.contextmanager
+def refusals(path: str | Path, temporary: Path) -> Iterator[None]:
+    """Say in one line what the disk or folder refuses to `temporary`, a file or folder on its way to `path`.
+
+    Raises:
+        QjaxError: in place of such an OSError; others, of the files that are read meanwhile, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRORS or Path(str(error.filename)).is_relative_to(temporary):
+            raise QjaxError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def install(temporary: Path, target: Path) -> None:
+    """Rename a finished file over `target`, whose permissions it takes if there is one."""
+    if target.exists():
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+    temporary.replace(target)
+
+
+def checked_target(path: str | Path) -> Path:
     """Where the file will really lie, behind symbolic links; QjaxError if no file can lie there."""
     try:
         target = Path(os.path.realpath(path))
@@ -84,7 +101,7 @@ def _checked_target(path: str | Path) -> Path:
     return target
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the system lets a folder be flushed."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -38,6 +38,11 @@ class Source(Protocol):
     @property
     def path(self) -> Path: ...
     @property
+    def files(self) -> tuple[Path, ...]:
+        """What the model is read from."""
+        ...
+
+    @property
     def format(self) -> str:
         """What lies there, for people: "GGUF v3"."""
         ...

@@ -1,6 +1,7 @@
 """A source to a GGUF file, tensor by tensor: as it is, every matrix to one type, or by one of llama.cpp's mixes."""
 
 import functools
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,11 +19,13 @@ from qjax.formats.gguf.mixes import file_type
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.formats.pieces import Resume, fingerprint
 from qjax.formats.source import Source
 from qjax.models.load import checked_config, read_array, warn_kept
 from qjax.quantizers.ggml import TYPES as ENCODED
 from qjax.quantizers.ggml import encode
 from qjax.quantizers.ggml_legacy import check_finite
+from qjax.version import __version__
 
 # What every matrix can become, whatever its place; with llama.cpp's general.file_type for each.
 PLAIN_TYPES: dict[str, int] = {
@@ -37,6 +40,21 @@ PLAIN_TYPES: dict[str, int] = {
 }
 
 Progress = Callable[[str], None]
+
+
+class Output(NamedTuple):
+    """How the file is written.
+
+    split_max_bytes: see `write_gguf`. fresh: begin anew, whatever a killed run has done. resumed: told how many
+    tensors, of how many, such a run has done already, if any.
+    """
+
+    split_max_bytes: int | None = None
+    fresh: bool = False
+    resumed: Callable[[int, int], None] = lambda done, total: None
+
+
+AS_ONE_FILE = Output()
 
 
 class Planned(NamedTuple):
@@ -141,13 +159,18 @@ def rewrite(
     metadata: Mapping[str, Any],
     metadata_types: Mapping[str, str],
     importances: Mapping[str, np.ndarray] | None = None,
+    output: Output = AS_ONE_FILE,
     progress: Progress = lambda name: None,
-) -> None:
-    """Write the file, whole or not at all; a tensor at a time is in memory, and `progress` is told when it is made.
+) -> list[Path]:
+    """Write the file or its shards, whole or not at all; a tensor at a time is in memory. Returns what was written.
+
+    What a killed run of the same has done is not done again. `progress` is told each tensor's name when it is made, or
+    found.
 
     Raises:
       QjaxError: weights that are not finite, or, of a Hugging Face folder, tensors that do not fit its config.
     """
+    importances = importances or {}
     if source.path.is_dir():
         # No converter has looked at it before.
         checked_config(source)
@@ -157,12 +180,29 @@ def rewrite(
         for name in done:
             source.release(name)
         done[:] = [tensor.name]
-        data = _bytes(source, tensor, (importances or {}).get(tensor.name))
+        data = _bytes(source, tensor, importances.get(tensor.name))
         progress(tensor.name)
         return data
 
     writes = [TensorToWrite(t.name, t.shape, t.target, functools.partial(made, t)) for t in tensors]
-    write_gguf(target, metadata, writes, metadata_types=metadata_types)
+
+    def resumed(done: int, total: int) -> None:
+        output.resumed(done, total)
+        for tensor in tensors[:done]:
+            progress(tensor.name)
+
+    importance = hashlib.sha256()
+    for name, column in importances.items():
+        importance.update(name.encode("utf-8", "surrogatepass") + np.ascontiguousarray(column).tobytes())
+    facts = (__version__, [tensor.source for tensor in tensors], importance.hexdigest())
+    return write_gguf(
+        target,
+        metadata,
+        writes,
+        metadata_types=metadata_types,
+        split_max_bytes=output.split_max_bytes,
+        resume=Resume(fingerprint(source.files, *facts), output.fresh, resumed),
+    )
 
 
 def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None) -> np.ndarray:
@@ -178,9 +218,14 @@ def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None) -> np
 
 
 def convert(
-    source: Source, target: str | Path, *, quantize: str | None = None, progress: Progress = lambda name: None
-) -> None:
-    """Write a source as it is, or with every float matrix in a plain type.
+    source: Source,
+    target: str | Path,
+    *,
+    quantize: str | None = None,
+    output: Output = AS_ONE_FILE,
+    progress: Progress = lambda name: None,
+) -> list[Path]:
+    """Write a source as it is, or with every float matrix in a plain type; see `rewrite`.
 
     Raises:
       QjaxError: see `plan_plain` and `rewrite`.
@@ -191,7 +236,8 @@ def convert(
     else:
         tensors = plan_plain(source, quantize)
         metadata = with_file_type(source.metadata, {t.name: (t.target, t.shape) for t in tensors})
-    rewrite(source, target, tensors, metadata=metadata, metadata_types=source.metadata_types, progress=progress)
+    types = source.metadata_types
+    return rewrite(source, target, tensors, metadata=metadata, metadata_types=types, output=output, progress=progress)
 
 
 def convert_to_mix(
@@ -201,9 +247,10 @@ def convert_to_mix(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    output: Output = AS_ONE_FILE,
     progress: Progress = lambda name: None,
-) -> list[Planned]:
-    """Write a source quantized as llama-quantize would; returns what was written.
+) -> tuple[list[Path], list[Planned]]:
+    """Write a source quantized as llama-quantize would; see `rewrite`. Returns the files and what is in them.
 
     Raises:
       QjaxError: see `plan_mix`, `read_imatrix` and `rewrite`; an importance of another length than its weight's rows.
@@ -223,8 +270,17 @@ def convert_to_mix(
         }
         if found.datasets:
             metadata["quantize.imatrix.dataset"] = found.datasets[0]
-    rewrite(source, target, tensors, metadata=metadata, metadata_types=types, importances=columns, progress=progress)
-    return tensors
+    files = rewrite(
+        source,
+        target,
+        tensors,
+        metadata=metadata,
+        metadata_types=types,
+        importances=columns,
+        output=output,
+        progress=progress,
+    )
+    return files, tensors
 
 
 def with_file_type(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:

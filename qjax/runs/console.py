@@ -83,6 +83,11 @@ def progress_bar(label: str, total: int | None = None) -> Iterator[Callable[...,
         yield advance
 
 
+def say_resumed(done: int, total: int) -> None:
+    """What is done of a file that a killed run began."""
+    console.print(f"resuming: {done} of {total} tensors are done", markup=False)
+
+
 def megabytes(count: int) -> str:
     """Bytes as MiB or GiB, in the way of llama-bench."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -8,8 +8,8 @@ from typing import Any
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
-from qjax.models.rewrite import Planned, convert_to_mix, plan_mix
-from qjax.runs.console import emit, megabytes, show_table
+from qjax.models.rewrite import Output, Planned, convert_to_mix, plan_mix
+from qjax.runs.console import emit, megabytes, say_resumed, show_table
 
 
 def plan_file(source: str | Path, wish: Wish, *, requantize: bool = False) -> tuple[Source, list[Planned]]:
@@ -29,16 +29,31 @@ def quantize_file(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    split_max_bytes: int | None = None,
+    fresh: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Write the quantized file, whole or not at all. Returns `facts` and the path.
+    """Write the quantized file, whole or not at all. Returns `facts`, the files and how many tensors were done already.
+
+    Args:
+      split_max_bytes, fresh: see `Output`.
 
     Raises:
       QjaxError: see `convert_to_mix`.
     """
     opened = open_source(locate(source))
-    tensors = convert_to_mix(opened, target, wish, imatrix=imatrix, requantize=requantize, progress=progress)
-    return {"path": str(target), **facts(tensors)}
+    found = 0
+
+    def resumed(done: int, total: int) -> None:
+        nonlocal found
+        found = done
+        say_resumed(done, total)
+
+    output = Output(split_max_bytes, fresh, resumed)
+    files, tensors = convert_to_mix(
+        opened, target, wish, imatrix=imatrix, requantize=requantize, output=output, progress=progress
+    )
+    return {"path": str(files[0]), "files": [str(file) for file in files], "resumed": found, **facts(tensors)}
 
 
 def facts(tensors: list[Planned]) -> dict[str, Any]:

@@ -249,7 +249,16 @@ def test_convert(run: Any, run_json: Json, model: Path, tmp_path: Path) -> None:
     done = run("convert", model, copy)
     assert (done.code, done.out) == (0, "")
     assert copy.read_bytes() == model.read_bytes()
-    assert run_json("convert", model, copy) == {"path": str(copy), "bytes": model.stat().st_size}
+    assert run_json("convert", model, copy) == {
+        "path": str(copy),
+        "files": [str(copy)],
+        "bytes": model.stat().st_size,
+    }
+    split = run_json("convert", model, tmp_path / "split.gguf", "--split-max-size", "0.05MB")
+    assert split["path"] == split["files"][0]
+    assert split["bytes"] == sum(Path(file).stat().st_size for file in split["files"]) > model.stat().st_size
+    assert run("convert", split["path"], copy).code == 0
+    assert copy.read_bytes() == model.read_bytes()
     # Over itself.
     assert run("convert", copy, copy, "--type", "q8_0").code == 0
     assert run("convert", model, packed, "--type", "q8_0").code == 0

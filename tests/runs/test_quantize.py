@@ -1,6 +1,9 @@
 """`qjax quantize`: a float file to mixes, with and without importance, and what it refuses."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.models import rewrite
 from qjax.runs.quantize import plan_file, quantize_file
 
 
@@ -118,3 +122,82 @@ def test_while_loading_by_importance(tmp_path: Path) -> None:
     wrong = importance_file(tmp_path / "wrong.gguf", {"blk.0.ffn_up.weight": 8})
     with pytest.raises(QjaxError, match="another model"):
         qjax.load("embedded", quantize="q4_k_m", imatrix=wrong)
+
+
+# The process dies in the middle of the run, when it is about to make its tenth tensor of blocks.
+KILLED = """
+import os, signal, sys
+import qjax.models.rewrite as module
+from qjax.cli import main
+encode, calls = module.encode, []
+def dying(*args):
+    calls.append(args)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*args)
+module.encode = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on(
+    tmp_path: Path, q4_k_m: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.gguf"
+    argv = ["quantize", "embedded", "-o", str(path), "--type", "q4_k_m", "--json"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *argv], check=False, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    made: list[str] = []
+
+    def counted(kind: str, *args: Any) -> Any:
+        made.append(kind)
+        return encode(kind, *args)
+
+    encode = rewrite.encode
+    monkeypatch.setattr(rewrite, "encode", counted)
+    assert main(argv) == 0
+    blocks = sum(info.type != "F32" for info in open_gguf(q4_k_m).tensors.values())
+    assert len(made) == blocks - 9
+    assert path.read_bytes() == q4_k_m.read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
+    said = capsys.readouterr()
+    resumed = json.loads(said.out)["resumed"]
+    assert 9 <= resumed < len(open_gguf(path).tensors)
+    assert f"resuming: {resumed} of {len(open_gguf(path).tensors)} tensors are done" in said.err
+
+
+def test_what_is_done_counts_for_the_same_wish_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, source = tmp_path / "out.gguf", tmp_path / "source.gguf"
+    source.write_bytes(qjax.load("embedded").source.read_bytes())
+
+    wish = Wish("q8_0")
+    shapes = {name: info.shape for name, info in open_gguf(source).tensors.items()}
+    imatrix = importance_file(tmp_path / "i.gguf", {n: s[-1] for n, s in shapes.items() if len(s) == 2})
+
+    def resumed(wish: Wish, touched: bool = False, **options: Any) -> int:
+        """How many tensors a run finds, after one that is stopped at its third tensor of blocks."""
+        calls: list[str] = []
+
+        def stopping(kind: str, *args: Any) -> Any:
+            calls.append(kind)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return encode(kind, *args)
+
+        encode = rewrite.encode
+        with monkeypatch.context() as patch:
+            patch.setattr(rewrite, "encode", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                quantize_file(source, path, Wish("q8_0"))
+        if touched:
+            source.touch()
+        return quantize_file(source, path, wish, **options)["resumed"]
+
+    assert resumed(wish) == 3
+    assert resumed(wish, fresh=True) == 0
+    assert resumed(wish, touched=True) == 0
+    assert resumed(wish._replace(embedding_type="q4_0")) == 0
+    assert resumed(wish, imatrix=imatrix) == 0
+    assert resumed(wish, split_max_bytes=10**6) == 0
+    assert not list(tmp_path.glob(".*"))

@@ -51,6 +51,11 @@ class GGUFFile:
         self._maps = dict(zip(paths, maps, strict=True))
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """What the model is read from, as every `Source` says it."""
+        return self.shards
+
+    @property
     def format(self) -> str:
         """What it is, for people."""
         return f"GGUF v{self.version}"

@@ -1,21 +1,68 @@
 """Models split over several GGUF files: `NAME-00001-of-00003.gguf` and so on.
 
-Source: llama.cpp's `llama_split_path` and tools/gguf-split. Each shard is a GGUF file with its own tensors
-and the keys `split.no` (from 0), `split.count` and `split.tensors.count`; the first one also holds all other
-metadata.
+Source: llama.cpp's `llama_split_path` and tools/gguf-split, whose way to fill shards this is. Each shard is a GGUF
+file with its own tensors and the keys `split.no` (from 0), `split.count` and `split.tensors.count`; the first one
+also holds all other metadata.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from qjax.errors import FormatError
+from qjax.errors import FormatError, QjaxWarning
 from qjax.formats.gguf.cursor import shown
 from qjax.formats.gguf.header import Header, TensorInfo
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+# In the order in which gguf-split writes them.
+SPLIT_KEYS = {"split.no": "u16", "split.tensors.count": "i32", "split.count": "u16"}
+
+_MAX_SHARDS = 2**16 - 1
+
+
+def fill_shards(path: Path, names: Sequence[str], sizes: Sequence[int], limit: int | None) -> list[slice]:
+    """Which tensors each shard gets: in order, as many as fit; the header does not count.
+
+    A tensor larger than the limit has a shard for itself, with a QjaxWarning.
+
+    Args:
+        path: of the model, for messages.
+        names, sizes: of the tensors; bytes with their padding.
+        limit: bytes of tensors in a shard; None for all in one.
+
+    Returns:
+        Slices of the tensors, at least one.
+
+    Raises:
+        FormatError: more shards than `split.count` can say.
+    """
+    starts, filled = [0], 0
+    for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        if limit is not None and size > limit:
+            warnings.warn(
+                f"{path}: tensor {shown(name)} has {size} bytes, more than the {limit} of a shard: its shard is larger",
+                QjaxWarning,
+                stacklevel=4,
+            )
+        if limit is not None and filled and filled + size > limit:
+            starts.append(index)
+            filled = 0
+        filled += size
+    if len(starts) > _MAX_SHARDS:
+        raise FormatError(f"{path}: {len(starts)} shards of {limit} bytes, expected up to {_MAX_SHARDS}: allow more")
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+def shard_path(path: Path, number: int, count: int) -> Path:
+    """Name of a shard, `number` from 0, of the model that would be `path` as one file."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{number + 1:05d}-of-{count:05d}.gguf")
+
+
+def split_metadata(number: int, count: int, tensor_count: int) -> dict[str, int]:
+    """The values of SPLIT_KEYS in the shard `number` (from 0) of `count`."""
+    return dict(zip(SPLIT_KEYS, (number, tensor_count, count), strict=True))
 
 
 def shard_paths(path: Path, header: Header) -> list[Path]:
@@ -44,7 +91,7 @@ def shard_paths(path: Path, header: Header) -> list[Path]:
             f"{path}: the name says {name_count} shards, split.count in the file says {header_count}: "
             "the shards are of different models, or misnamed"
         )
-    paths = [path.with_name(f"{named['stem']}-{n:05d}-of-{name_count:05d}.gguf") for n in range(1, name_count + 1)]
+    paths = [shard_path(path.with_name(named["stem"]), n, name_count) for n in range(name_count)]
     present = {entry.name for entry in path.parent.iterdir()}
     missing = [p.name for p in paths if p.name not in present]
     if path in paths and not missing:

@@ -69,6 +69,11 @@ class HuggingFaceFolder:
         self._factors = factors
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the folder."""
+        return tuple(sorted(entry for entry in self.path.iterdir() if entry.is_file()))
+
+    @property
     def format(self) -> str:
         """What it is, for people."""
         return "Hugging Face safetensors"

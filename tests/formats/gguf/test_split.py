@@ -1,12 +1,13 @@
 """Split models: shards written by gguf-py, then damaged in every way that has its own message."""
 
+import hashlib
 import shutil
 
 import gguf
 import numpy as np
 import pytest
 
-from qjax.errors import FormatError, QjaxError
+from qjax.errors import FormatError, QjaxError, QjaxWarning
 from qjax.formats.gguf.container import open_gguf
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
@@ -171,3 +172,70 @@ def test_truncated_shard(shards):
     shards[1].write_bytes(shards[1].read_bytes()[:100])
     with pytest.raises(QjaxError, match=r"big-00002-of-00003\.gguf: "):
         open_gguf(shards[0])
+
+
+# SHA-256 of what `llama-gguf-split --split --split-max-size` of llama.cpp makes of files of the interop folder.
+GGUF_SPLIT = {
+    ("tiny-f16.gguf", 2_000_000): """
+        938d5dbff5e54e55fb2f9d2e072a98a6ebbe1171d63d4ee98180fcea775cfaa7
+        69ae8208c6b65e9c29cfc127520addd213ee167cc0231efc2b0defe4502cc7f2
+        346dc4c601e0a9810302ad2174da57d94d3103c7b057e1d9db8b8870c438c09a
+        b0ce53b937b8b7dcff32d59ebd95979fb8880218b9eeff4c3d3a16949bb71952
+        396dbb1d6ef54601b53a4ce10368659e1ef7ef6d59d63c2cc76c3184f64f5940""",
+    ("tiny-q4_K_M.gguf", 1_000_000): """
+        126d47014469c1109ddc0be0a8fc31a8d48b02300af15605e53d1c546e7a3493
+        c289d01f375992103b727f3faa49732b8da7d3e8a76f3d1a2e790b34be52701b
+        d058b7cf7551fd25389f6b082b9eabc34209326dacc06910bd215dae59734481""",
+}
+
+
+def written(path, source, limit):
+    file = open_gguf(source)
+    tensors = [TensorToWrite(t.name, t.shape, t.type, file.raw(t.name)) for t in file.tensors.values()]
+    return write_gguf(path, file.metadata, tensors, metadata_types=file.metadata_types, split_max_bytes=limit)
+
+
+@pytest.mark.parametrize(("name", "limit"), GGUF_SPLIT)
+def test_the_shards_of_gguf_split(interop, tmp_path, name, limit):
+    theirs = GGUF_SPLIT[name, limit].split()
+    paths = written(tmp_path / "model.gguf", interop / name, limit)
+    assert [p.name for p in paths] == [f"model-{n + 1:05d}-of-{len(theirs):05d}.gguf" for n in range(len(theirs))]
+    assert [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths] == theirs
+
+
+def test_shards_are_split_anew_and_joined(shards, tmp_path):
+    """From three shards to five, and back to one file, with the same metadata."""
+    whole = tmp_path / "whole.gguf"
+    assert written(whole, shards[0], None) == written(whole, shards[0], 10**9) == [whole]
+    five = written(tmp_path / "five.gguf", shards[0], 32)
+    assert [list(gguf.GGUFReader(p).fields)[3:] for p in five[1:]] == [
+        ["split.no", "split.tensors.count", "split.count"]
+    ] * 4
+    file = open_gguf(five[2])
+    assert file.shards == tuple(five)
+    assert [info.path for info in file.tensors.values()] == five
+    written(tmp_path / "again.gguf", five[4], None)
+    assert (tmp_path / "again.gguf").read_bytes() == whole.read_bytes()
+
+
+def test_a_tensor_larger_than_a_shard_is_named(tmp_path):
+    sizes = {"a": 8, "large": 64, "b": 8, "c": 8}
+    tensors = [TensorToWrite(name, (n,), "F32", np.zeros(4 * n, np.uint8)) for name, n in sizes.items()]
+    with pytest.warns(QjaxWarning, match=r"m\.gguf: tensor 'large' has 256 bytes, more than the 64 of a shard"):
+        paths = write_gguf(tmp_path / "m.gguf", {}, tensors, split_max_bytes=64)
+    file = open_gguf(paths[0])
+    assert [paths.index(info.path) for info in file.tensors.values()] == [0, 1, 2, 2]
+
+
+def test_every_shard_has_the_alignment(tmp_path):
+    tensors = [TensorToWrite(name, (8,), "F32", np.full(32, 7, np.uint8)) for name in "abc"]
+    paths = write_gguf(tmp_path / "m.gguf", {"general.alignment": 256, "x": 1}, tensors, split_max_bytes=512)
+    assert [gguf.GGUFReader(p).alignment for p in paths] == [256, 256]
+    assert all(open_gguf(paths[0]).raw(name).tobytes() == b"\7" * 32 for name in "abc")
+
+
+def test_more_shards_than_can_be_counted(tmp_path):
+    tensors = [TensorToWrite(str(n), (8,), "F32", np.zeros(32, np.uint8)) for n in range(2**16)]
+    with pytest.raises(FormatError, match=r"65536 shards of 32 bytes, expected up to 65535: allow more"):
+        write_gguf(tmp_path / "m.gguf", {}, tensors, split_max_bytes=32)
+    assert not list(tmp_path.iterdir())

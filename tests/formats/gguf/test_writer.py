@@ -10,6 +10,7 @@ from qjax.errors import FormatError, QjaxError, UnsupportedError
 from qjax.formats.gguf.container import open_gguf
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.formats.pieces import Resume
 
 
 def copy(source, target):
@@ -37,8 +38,7 @@ def test_gguf_py_reads_what_we_write(tmp_path_factory, types, alignment, random)
         data = np.frombuffer(random.randbytes(size), np.uint8)
         tensors.append(TensorToWrite(f"t{index}", shape, name, data))
     metadata = {"general.architecture": "llama", "general.alignment": alignment, "x.list": ["a", "b"]}
-    size = write_gguf(path, metadata, tensors)
-    assert size == path.stat().st_size
+    assert write_gguf(path, metadata, tensors) == [path]
     ours = open_gguf(path)
     assert list(ours.tensors) == [t.name for t in tensors]
     assert all(ours.raw(t.name).tobytes() == t.data.tobytes() for t in tensors)
@@ -126,6 +126,38 @@ def test_failure_leaves_the_old_file_and_no_other(small, error):
         write_gguf(small, {}, tensors)
     assert small.read_bytes() == before
     assert list(small.parent.iterdir()) == [small]
+
+
+def test_a_stopped_run_goes_on_for_the_same_tensors_only(tmp_path):
+    """Of the whole and of shards; another name, type or value in the header begins anew."""
+    path, made, told = tmp_path / "m.gguf", [], []
+
+    def tensors(stop=None, name="t2"):
+        def make(n):
+            if n == stop:
+                raise KeyboardInterrupt
+            made.append(n)
+            return np.full(36, n, np.uint8)
+
+        names = ["t0", "t1", name, "t3"]
+        return [TensorToWrite(t, (9,), "F32", lambda n=n: make(n)) for n, t in enumerate(names)]
+
+    def stopped(metadata, limit):
+        with pytest.raises(KeyboardInterrupt):
+            write_gguf(path, metadata, tensors(stop=3), split_max_bytes=limit, resume=Resume("a"))
+        made.clear()
+
+    for limit in (None, 128):
+        expected = [p.read_bytes() for p in write_gguf(path, {"n": 1}, tensors(), split_max_bytes=limit)]
+        resume = Resume("a", told=lambda *counts: told.append(counts))
+        for metadata, name, anew in (({"n": 1}, "t2", False), ({"n": 2}, "t2", True), ({"n": 1}, "u2", True)):
+            stopped({"n": 1}, limit)
+            files = write_gguf(path, metadata, tensors(name=name), split_max_bytes=limit, resume=resume)
+            assert made == ([0, 1, 2, 3] if anew else [3])
+            assert ([file.read_bytes() for file in files] == expected) != anew
+        assert told == [(3, 4)]
+        told.clear()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 BYTES = np.zeros(32, np.uint8)
