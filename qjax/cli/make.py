@@ -1,6 +1,7 @@
 """The commands that make files: convert, quantize."""
 
 import argparse
+from pathlib import Path
 
 from qjax.cli.arguments import Commands, add_json
 from qjax.errors import QjaxError
@@ -25,7 +26,7 @@ def add(commands: Commands) -> None:
         _quantize,
     )
     sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
-    sub.add_argument("--type", required=True, help="a mix such as q4_k_m, q3_k_s, q6_k or q8_0")
+    sub.add_argument("--type", required=True, help="a mix such as q4_k_m or q8_0, or a .yaml file with one of your own")
     sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
     sub.add_argument("--pure", action="store_true", help="the mix's main type for every matrix")
     sub.add_argument("--output-tensor-type", metavar="TYPE", help="type of output.weight")
@@ -36,6 +37,14 @@ def add(commands: Commands) -> None:
         default=[],
         metavar="REGEX=TYPE",
         help="type of the tensors whose name the expression is found in; the first that fits decides",
+    )
+    sub.add_argument(
+        "--tensor-type-file",
+        action="append",
+        dest="tensor_type",
+        type=Path,
+        metavar="FILE",
+        help="REGEX=TYPE of a file, apart by spaces or lines (or a YAML list under tensor_types)",
     )
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
     sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
@@ -55,20 +64,20 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from qjax.formats.gguf.plan import Wish, override
+    from qjax.formats.gguf.plan import Wish, overrides
     from qjax.runs.console import console, emit_json, megabytes, progress_bar
-    from qjax.runs.quantize import facts, plan_file, quantize_file, show
+    from qjax.runs.quantize import dry_run, quantize_file, show
 
     wish = Wish(
         args.type,
         pure=args.pure,
         output_type=args.output_tensor_type,
         embedding_type=args.token_embedding_type,
-        overrides=[override(text) for text in args.tensor_type],
+        overrides=overrides(args.tensor_type),
         imatrix=args.imatrix is not None,
     )
     if args.dry_run:
-        result = facts(plan_file(args.model, wish, requantize=args.allow_requantize)[1])
+        result = dry_run(args.model, wish, requantize=args.allow_requantize)
         if args.json:
             emit_json(result)
         else:

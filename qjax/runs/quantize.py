@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.api import check_encodable
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import GGUFFile, open_gguf
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.mixes import file_type
-from qjax.formats.gguf.plan import Wish, plan
+from qjax.formats.gguf.plan import Wish, overrides, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
+from qjax.formats.yaml_file import YAML_ENDINGS
 from qjax.models.load import read_array
 from qjax.quantizers.ggml import encode
 from qjax.quantizers.ggml_legacy import check_finite
-from qjax.runs.console import emit, megabytes, show_table
+from qjax.runs.config import QuantizeConfig, load_config
+from qjax.runs.console import emit, megabytes, progress_bar, show_table
 
 
 class Planned(NamedTuple):
@@ -45,20 +48,38 @@ def plan_file(source: str | Path, wish: Wish, *, requantize: bool = False) -> tu
     """The file and what would be made of it; reads no weight.
 
     Raises:
-      QjaxError: an unknown mix or type; a type without an encoder, or a quantized source without `requantize`.
+      QjaxError: an unknown mix or type, or a quantized source without `requantize`.
     """
     file = open_gguf(locate(source))
     types = plan(file, wish)
     tensors = [Planned(name, info.shape, info.type, types[name]) for name, info in file.tensors.items()]
-    changed = [tensor for tensor in tensors if tensor.target != tensor.source]
-    for tensor in changed:
-        check_encodable(file.path, tensor.name, tensor.target)
-        if tensor.source not in FLOAT_TYPES and not requantize:
+    for tensor in tensors:
+        if tensor.target != tensor.source and tensor.source not in FLOAT_TYPES and not requantize:
             raise QjaxError(
                 f"{file.path}: {tensor.name} is {tensor.source} already: quantize from a float file, or lose twice "
                 "by --allow-requantize"
             )
     return file, tensors
+
+
+def dry_run(source: str | Path, wish: Wish, *, requantize: bool = False) -> dict[str, Any]:
+    """The `facts` of what `quantize_file` would make; reads no weight. Warns of types that there is no encoder for.
+
+    Raises:
+      QjaxError: see `plan_file`.
+    """
+    file, tensors = plan_file(source, wish, requantize=requantize)
+    try:
+        _check_encodable(file, tensors)
+    except UnsupportedError as error:
+        warnings.warn(str(error), QjaxWarning, stacklevel=2)
+    return facts(tensors)
+
+
+def _check_encodable(file: GGUFFile, tensors: list[Planned]) -> None:
+    for tensor in tensors:
+        if tensor.target != tensor.source:
+            check_encodable(file.path, tensor.name, tensor.target)
 
 
 def quantize_file(
@@ -73,10 +94,12 @@ def quantize_file(
     """Write the quantized file, whole or not at all; a tensor at a time is in memory. Returns `facts` and the path.
 
     Raises:
-      QjaxError: see `plan_file` and `read_imatrix`; an importance of another length than its weight's rows.
+      QjaxError: see `plan_file` and `read_imatrix`; a type without an encoder, or an importance of another length than
+        its weight's rows.
     """
     importances = None if imatrix is None else read_imatrix(imatrix)
     file, tensors = plan_file(source, wish._replace(imatrix=imatrix is not None), requantize=requantize)
+    _check_encodable(file, tensors)
     made_anew = {t.name: t.shape for t in tensors if t.target != t.source and t.target not in FLOAT_TYPES}
     columns = {} if importances is None else importances.matched(file.path, made_anew)
 
@@ -104,6 +127,36 @@ def quantize_file(
     writes = [TensorToWrite(t.name, t.shape, t.target, functools.partial(made, t)) for t in tensors]
     write_gguf(target, metadata, writes, metadata_types=types)
     return {"path": str(target), **facts(tensors)}
+
+
+def quantize_from_config(path: Path) -> Path:
+    """Does the run of a config file of kind "quantize"; returns the path of the file that it made.
+
+    Raises:
+      QjaxError: a mistake in the config, or see `quantize_file`.
+    """
+    config: QuantizeConfig = load_config(path)
+    base = path.parent
+    wish = Wish(
+        str(base / config.type) if config.type.lower().endswith(YAML_ENDINGS) else config.type,
+        pure=config.pure,
+        output_type=config.output_tensor_type,
+        embedding_type=config.token_embedding_type,
+        overrides=overrides(config.tensor_types),
+    )
+    source = base / config.source if (base / config.source).exists() else config.source
+    output = base / config.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar(f"writing {output}") as advance:
+        quantize_file(
+            source,
+            output,
+            wish,
+            imatrix=None if config.imatrix is None else base / config.imatrix,
+            requantize=config.allow_requantize,
+            progress=lambda name: advance(note=name),
+        )
+    return output
 
 
 def _floats(file: GGUFFile, tensor: Planned) -> np.ndarray:

@@ -3,6 +3,7 @@
 Source: llama.cpp's tools/imatrix (the GGUF form, `general.type` "imatrix") and its older binary form (.dat).
 """
 
+import math
 import struct
 import warnings
 from collections.abc import Mapping
@@ -22,30 +23,35 @@ _LONGEST_NAME = 1 << 12
 class Importances(NamedTuple):
     """What a file says.
 
-    of: float32 [in_features] by the weight's name, or [matrices, in_features] of stacked experts. chunks: of text that
-    were looked at; datasets: their names.
+    of: float32 [in_features] by the weight's name, or [experts, in_features]; in one row in files of the older form.
+    chunks: of text that were looked at; datasets: their names.
     """
 
     of: dict[str, Float32[np.ndarray, "*matrices n"]]
     chunks: int
     datasets: tuple[str, ...]
 
-    def matched(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Float32[np.ndarray, " n"]]:
+    def matched(
+        self, path: Path, weights: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Float32[np.ndarray, "*experts n"]]:
         """The importance of each of the weights (name to shape) of a file that are quantized; a warning names the rest.
 
+        Of a matrix [out, n] it is [n], of experts' [experts, out, n] it is [experts, n].
+
         Raises:
-          FormatError: an importance of another length than its weight's rows.
+          FormatError: an importance of another length than its weight's rows, or of another number of experts.
         """
         found, missing = {}, []
         for name, shape in weights.items():
             values = self.of.get(name)
-            if values is not None and values.shape != shape[-1:]:
+            columns = (*shape[:-2], shape[-1])
+            if values is not None and values.size != math.prod(columns):
                 raise FormatError(
-                    f"{path}: {name} has rows of {shape[-1]}, its importance is of shape {values.shape}; the matrix is "
-                    "of another model"
+                    f"{path}: {name} of shape {shape} has {math.prod(columns)} columns, its importance is of shape "
+                    f"{values.shape}; the matrix is of another model"
                 )
             if values is not None:
-                found[name] = values
+                found[name] = values.reshape(columns)
             elif name != "token_embd.weight":
                 # Of an embedding only rows are looked up: nothing is multiplied with it, unless it is the output too.
                 missing.append(name)
@@ -80,7 +86,7 @@ def read_imatrix(path: str | Path) -> Importances:
 def _from_gguf(file: GGUFFile) -> Importances:
     if file.metadata.get("general.type") != "imatrix":
         raise FormatError(f"{file.path}: is no importance matrix (its general.type is not 'imatrix')")
-    of = {}
+    of, idle = {}, {}
     for name in file.tensors:
         if not name.endswith(_SUMS):
             continue
@@ -89,8 +95,20 @@ def _from_gguf(file: GGUFFile) -> Importances:
         counts = counts.reshape(*sums.shape[:-1], 1) if counts.size == sums[..., 0].size else counts
         if counts.shape != (*sums.shape[:-1], 1):
             raise FormatError(f"{file.path}: {weight}{_COUNTS} has {counts.size} numbers, expected one a matrix")
-        if (counts > 0).all():
-            of[weight] = np.ascontiguousarray(np.squeeze(sums / counts))
+        seen = counts > 0
+        if seen.any():
+            # Of an expert that no token was sent to, every column counts alike, as llama-quantize has it.
+            means = np.where(seen, sums / np.where(seen, counts, np.float32(1)), np.float32(1))
+            of[weight] = np.ascontiguousarray(np.squeeze(means))
+            idle[weight] = int((~seen).sum())
+    if any(idle.values()):
+        name = max(idle, key=lambda name: idle[name])
+        warnings.warn(
+            f"{file.path}: no token was sent to {sum(idle.values())} matrices of experts, e.g. {idle[name]} of {name}: "
+            "all columns of these count alike",
+            QjaxWarning,
+            stacklevel=4,
+        )
     datasets = file.metadata.get("imatrix.datasets", [])
     chunks: Any = file.metadata.get("imatrix.chunk_count", 0)
     return Importances(of, chunks if isinstance(chunks, int) else 0, tuple(map(str, datasets)))
