@@ -1,6 +1,7 @@
 """Every test runs under the strictest rules JAX has, with shapes and dtypes of signatures checked."""
 
 import os
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -38,3 +39,12 @@ def vocab_folder() -> Path:
     if not path.is_dir():
         pytest.skip(f"no folder of vocabularies at {path} (set QJAX_VOCAB)")
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_quantize() -> str:
+    """llama.cpp's program; tests that need it are skipped without it."""
+    program = shutil.which(os.environ.get("LLAMA_QUANTIZE", "llama-quantize"))
+    if program is None:
+        pytest.skip("no llama-quantize on the path (set LLAMA_QUANTIZE)")
+    return program

@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from qjax.cli.arguments import Commands, add_json, byte_count
+from qjax.cli.arguments import Commands, add_json, byte_count, number, positive
 from qjax.errors import QjaxError
 
 
@@ -31,7 +32,7 @@ def add(commands: Commands) -> None:
         _quantize,
     )
     sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
-    sub.add_argument("--type", required=True, help="a mix such as q4_k_m, q3_k_s, q6_k or q8_0")
+    sub.add_argument("--type", help="a mix such as q4_k_m or q8_0, or a .yaml file with one of your own")
     sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
     sub.add_argument("--pure", action="store_true", help="the mix's main type for every matrix")
     sub.add_argument("--output-tensor-type", metavar="TYPE", help="type of output.weight")
@@ -43,6 +44,28 @@ def add(commands: Commands) -> None:
         metavar="REGEX=TYPE",
         help="type of the tensors whose name the expression is found in; the first that fits decides",
     )
+    sub.add_argument(
+        "--tensor-type-file",
+        action="append",
+        dest="tensor_type",
+        type=Path,
+        metavar="FILE",
+        help="REGEX=TYPE of a file, apart by spaces or lines (or a YAML list under tensor_types)",
+    )
+    budget = sub.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bpw", type=number, metavar="BITS", help="choose types that lose least with so many bits a weight"
+    )
+    budget.add_argument(
+        "--target-size", type=byte_count, metavar="SIZE", help="... with a file of at most this size, such as 3.5GiB"
+    )
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        help="with a target: UTF-8 text to look at the model on; default: text that it writes itself",
+    )
+    sub.add_argument("--chunks", type=positive, default=8, help="of 512 tokens, of that text; default: 8")
+    sub.add_argument("--types", metavar="TYPE,TYPE", help="with a target: the types to choose from")
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
     _add_output(sub)
     sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
@@ -87,29 +110,47 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from qjax.formats.gguf.plan import Wish, override
-    from qjax.runs.console import console, emit_json, megabytes, progress_bar
-    from qjax.runs.quantize import facts, plan_file, quantize_file, show
+    from qjax.formats.gguf.plan import Wish, overrides
+    from qjax.runs.console import console, emit_json, megabytes
+    from qjax.runs.quantize import show
 
+    if args.output is None and not args.dry_run:
+        raise QjaxError("give the file to write by -o FILE, or ask with --dry-run what it would hold")
+    budgeted = args.target_bpw is not None or args.target_size is not None
+    if args.type is None and not budgeted:
+        raise QjaxError("give --type, or a budget by --target-bpw or --target-size")
+    if not budgeted and (args.data is not None or args.types is not None):
+        raise QjaxError("--data and --types are for a budget: give --target-bpw or --target-size")
     wish = Wish(
-        args.type,
+        args.type or "q4_k_m",
         pure=args.pure,
         output_type=args.output_tensor_type,
         embedding_type=args.token_embedding_type,
-        overrides=[override(text) for text in args.tensor_type],
+        overrides=overrides(args.tensor_type),
         imatrix=args.imatrix is not None,
     )
-    if args.dry_run:
-        result = facts(plan_file(args.model, wish, requantize=args.allow_requantize)[1])
-        if args.json:
-            emit_json(result)
-        else:
-            show(result)
+    result = (_within_budget if budgeted else _by_mix)(args, wish)
+    if args.json:
+        emit_json(result)
         return
-    if args.output is None:
-        raise QjaxError("give the file to write by -o FILE, or ask with --dry-run what it would hold")
+    if args.dry_run:
+        show(result)
+    else:
+        summary = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
+        console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
+    if budgeted:
+        measured = f", {result['measured_kld']:.5f} measured" if "measured_kld" in result else ""
+        console.print(f"KL divergence to the source: {result['expected_kld']:.5f} expected{measured}", markup=False)
+
+
+def _by_mix(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
+    from qjax.runs.console import progress_bar
+    from qjax.runs.quantize import dry_run, quantize_file
+
+    if args.dry_run:
+        return dry_run(args.model, wish, requantize=args.allow_requantize)
     with progress_bar(f"writing {args.output}") as advance:
-        result = quantize_file(
+        return quantize_file(
             args.model,
             args.output,
             wish,
@@ -119,11 +160,24 @@ def _quantize(args: argparse.Namespace) -> None:
             fresh=args.fresh,
             progress=lambda name: advance(note=name),
         )
-    if args.json:
-        emit_json(result)
-    else:
-        summary = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
-        console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
+
+
+def _within_budget(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
+    from qjax.formats.gguf.types import type_named
+    from qjax.runs.budget import Budget, quantize_within
+
+    kinds = None if args.types is None else [type_named(kind) for kind in args.types.split(",")]
+    budget = Budget(args.target_bpw, args.target_size, args.data, args.chunks, kinds)
+    return quantize_within(
+        args.model,
+        None if args.dry_run else args.output,
+        wish,
+        budget,
+        imatrix=args.imatrix,
+        requantize=args.allow_requantize,
+        split_max_bytes=args.split_max_size,
+        fresh=args.fresh,
+    )
 
 
 def _named(files: Sequence[str | Path]) -> str:

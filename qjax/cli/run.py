@@ -16,8 +16,8 @@ def add(commands: Commands) -> None:
 
     sub = commands.add(
         "run",
-        "Do what a YAML file says, e.g. train the embedded model.",
-        "qjax run configs/embedded.yaml",
+        "Do what a YAML file says: quantize a model, or train the embedded one.",
+        "qjax run configs/quantize.yaml",
         _run,
         model=False,
     )

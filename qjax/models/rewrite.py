@@ -114,6 +114,13 @@ def check_encodable(path: Path, name: str, kind: str) -> None:
         )
 
 
+def check_encoders(source: Source, tensors: list[Planned]) -> None:
+    """UnsupportedError naming the first tensor that would change to a type without an encoder."""
+    for tensor in tensors:
+        if tensor.target != tensor.source:
+            check_encodable(source.path, tensor.name, tensor.target)
+
+
 def plan_plain(source: Source, type_name: str) -> list[Planned]:
     """Every float matrix to one type; a warning names those that are quantized already and stay.
 
@@ -136,14 +143,11 @@ def plan_mix(source: Source, wish: Wish, *, requantize: bool = False) -> list[Pl
     """What llama-quantize would make of the source.
 
     Raises:
-      QjaxError: an unknown mix or type; a type without an encoder, or a quantized source without `requantize`.
+      QjaxError: an unknown mix or type, or a quantized source without `requantize`.
     """
     tensors = planned(source, plan(source, wish))
     for tensor in tensors:
-        if tensor.target == tensor.source:
-            continue
-        check_encodable(source.path, tensor.name, tensor.target)
-        if tensor.source not in FLOAT_TYPES and not requantize:
+        if tensor.target != tensor.source and tensor.source not in FLOAT_TYPES and not requantize:
             raise QjaxError(
                 f"{source.path}: {tensor.name} is {tensor.source} already: quantize from a float file, or lose twice "
                 "by `qjax quantize --allow-requantize`"
@@ -253,10 +257,12 @@ def convert_to_mix(
     """Write a source quantized as llama-quantize would; see `rewrite`. Returns the files and what is in them.
 
     Raises:
-      QjaxError: see `plan_mix`, `read_imatrix` and `rewrite`; an importance of another length than its weight's rows.
+      QjaxError: see `plan_mix`, `check_encoders`, `read_imatrix` and `rewrite`; an importance of another length than its
+        weight's rows.
     """
     found = None if imatrix is None else read_imatrix(imatrix)
     tensors = plan_mix(source, wish._replace(imatrix=found is not None), requantize=requantize)
+    check_encoders(source, tensors)
     metadata = {**source.metadata, "general.file_type": file_type(wish.mix), "general.quantization_version": 2}
     types = {**source.metadata_types, "general.file_type": "u32", "general.quantization_version": "u32"}
     columns = {}

@@ -31,7 +31,7 @@ TYPES = (*ggml_legacy.encoders, *SEARCHED)
 # Weights of a piece: what a search holds of so many stays in a core's cache; extremes are found in one pass anyway.
 _SEARCHED, _PLAIN = 1 << 15, 1 << 19
 
-Importance = Float32[Array | np.ndarray, " n"]
+Importance = Float32[Array | np.ndarray, "*matrices n"]
 
 
 def block_size(type: str) -> int:
@@ -98,8 +98,9 @@ def encode(
     Args:
       type: one of TYPES.
       w: finite weights (see `ggml_legacy.check_finite`); F16 and BF16 take any. Cast to float32 piece by piece.
-      importance: of each column, not negative, the mean square of what it is multiplied with; types that do not search
-        do without.
+      importance: of each column, not negative, the mean square of what it is multiplied with; [*matrices, n] for
+        matrices [*matrices, out, n] (experts) that are multiplied with different things. Types that do not search do
+        without.
 
     Raises:
       QjaxError: an unknown type, rows that are no whole number of blocks, or an importance of another length or with
@@ -110,8 +111,10 @@ def encode(
     size = block_size(type)
     if w.ndim == 0 or w.shape[-1] % size:
         raise QjaxError(f"expected rows of a multiple of {size} weights for {type}, got shape {w.shape}")
-    weights = _checked(importance, w.shape[-1])
     n = w.shape[-1]
+    if importance is not None and importance.ndim > 1:
+        return _encode_each(type, w, importance)
+    weights = _checked(importance, n)
     rows = w.reshape(-1, n)
     out = np.empty((rows.shape[0], n // size * _block_bytes(type)), np.uint8)
     # Always as many: a program for other shapes may fuse other multiplications and additions, and so round otherwise.
@@ -127,6 +130,14 @@ def encode(
 
     _for_all(piece, range(0, rows.shape[0], each))
     return out.reshape(*w.shape[:-1], out.shape[-1])
+
+
+def _encode_each(type: str, w: Any, importance: Importance) -> np.ndarray:
+    if importance.shape != (*w.shape[:-2], w.shape[-1]):
+        raise QjaxError(f"expected an importance of each column of matrices {w.shape}, got shape {importance.shape}")
+    matrices, columns = w.reshape(-1, *w.shape[-2:]), importance.reshape(-1, w.shape[-1])
+    made = [encode(type, matrix, some) for matrix, some in zip(matrices, columns, strict=True)]
+    return np.concatenate(made).reshape(*w.shape[:-1], -1)
 
 
 def _for_all(piece: Callable[[int], None], firsts: range) -> None:

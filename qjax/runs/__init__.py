@@ -15,7 +15,13 @@ def _train(path: Path, resume: bool) -> Path:
     return train_from_config(path, resume=resume)
 
 
-RUNNERS: dict[str, Callable[[Path, bool], Path]] = {"train": _train}
+def _quantize(path: Path, _: bool) -> Path:
+    from qjax.runs.quantize import quantize_from_config
+
+    return quantize_from_config(path)
+
+
+RUNNERS: dict[str, Callable[[Path, bool], Path]] = {"train": _train, "quantize": _quantize}
 
 
 def run(path: str | Path, *, resume: bool = True) -> Path:

@@ -1,41 +1,43 @@
 """Types under a budget of bytes: `qjax quantize --target-bpw 4.25` or `--target-size 3.5GiB`.
 
-The model is looked at once (Fisher information, on text or on what it writes itself), every candidate type is tried on
-every matrix, and the types that fit and lose least are chosen. What that is foretold to cost stands beside what it does.
+The model is looked at once (Fisher information, on text or on what it writes itself), every candidate type is tried
+on every matrix, and the types that fit and lose least are chosen. What they are expected to cost stands beside what they
+do.
 """
 
 import dataclasses
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from qjax import api
-from qjax.calibrate.budget import BLOCKED, SUPER_BLOCKED, Budgeted, choices, fit, stored
+from qjax.calibrate.budget import BLOCKED, SUPER_BLOCKED, choices, fit, stored
 from qjax.calibrate.fisher import each, fisher
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
-from qjax.evaluate.divergence import divergence, read_base, save_base
-from qjax.formats.gguf.imatrix import Importances, read_imatrix, write_imatrix
+from qjax.formats.gguf.arrays import FLOAT_TYPES
+from qjax.formats.gguf.imatrix import Importances
 from qjax.formats.gguf.mixes import mixes
 from qjax.formats.gguf.places import is_quantizable
 from qjax.formats.gguf.plan import Wish, plan
-from qjax.formats.gguf.writer import header_nbytes
-from qjax.formats.source import Source
+from qjax.formats.gguf.writer import TensorToWrite, header_nbytes
+from qjax.formats.locate import locate
+from qjax.formats.source import Source, open_source
 from qjax.models.chunks import begun, chunks_of
-from qjax.models.rewrite import planned
 from qjax.runs.console import progress_bar
-from qjax.runs.texts import open_model, read_text
+from qjax.runs.quantize import dry_run, quantize_file
+from qjax.runs.texts import read_text
 
 CHUNKS, N_CTX = 8, 512
-# How a tensor's block size decides what it may become.
+OWN_TEXT = "text of the model's own"
 _SUPER_BLOCK = 256
+# What quantizing adds to a file's metadata, names of files in it included.
+_MORE_KEYS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +56,7 @@ class Budget:
 
 
 class Found(NamedTuple):
-    """A wish that fits the budget.
-
-    expected: the divergence it is foretold to cost, nats a token. imatrix: the importances to encode by: the user's, or
-    those found here, which `save` of `look` has written.
-    """
+    """A wish that fits the budget, and the divergence that it is expected to cost, nats a token."""
 
     wish: Wish
     expected: float
@@ -80,12 +78,11 @@ def chunks_for(model: api.Model, budget: Budget) -> Int32[np.ndarray, "chunks n_
     return cut[np.linspace(0, len(cut) - 1, min(budget.chunks, len(cut))).astype(int)]
 
 
-def look(model: api.Model, budget: Budget) -> Importances:
-    """Fisher information of a model."""
-    chunks = chunks_for(model, budget)
+def look(model: api.Model, chunks: Int32[np.ndarray, "chunks n_ctx"], dataset: str) -> Importances:
+    """Fisher information of a model on chunks of text."""
     with progress_bar("gradients") as advance:
         found = fisher(model.params, model.config, chunks, progress=advance)
-    return found._replace(datasets=(budget.data or OWN_TEXT,))
+    return found._replace(datasets=(dataset,))
 
 
 def candidates(source: Source, wish: Wish, kinds: Sequence[str] | None) -> dict[str, list[str]]:
@@ -114,7 +111,9 @@ def room(source: Source, of: Mapping[str, Any], budget: Budget) -> int:
         left = int(budget.bpw * sum(math.prod(info.shape) for info in source.tensors.values()) / 8) - rest
     else:
         assert budget.nbytes is not None
-        left = budget.nbytes - rest - header_nbytes(source)
+        tensors = [TensorToWrite(name, i.shape, i.type, np.empty(0, np.uint8)) for name, i in source.tensors.items()]
+        left = budget.nbytes - rest - header_nbytes(source.metadata, tensors, metadata_types=source.metadata_types)
+        left -= _MORE_KEYS
     if left <= 0:
         raise QjaxError(f"{source.path}: the budget leaves nothing for matrices: give more")
     return left
@@ -138,11 +137,69 @@ def within(source: Source, wish: Wish, budget: Budget, known: Importances, colum
     for name, kind in best.types.items():
         weights[kind] += math.prod(source.tensors[name].shape)
     overrides = [(f"^{re.escape(name)}$", kind) for name, kind in best.types.items()]
-    most = max(weights, key=lambda kind: weights[kind])
-    return Found(Wish(_mix_like(most), overrides=overrides), best.divergence)
+    return Found(Wish(_mix_like(max(weights, key=lambda kind: weights[kind])), overrides=overrides), best.divergence)
 
 
 def _mix_like(kind: str) -> str:
     """The mix whose number stands in a file of mostly this type: the middle one of several."""
-    alike = [name for name, mix in mixes().items() if mix.base == kind]
-    return next((name for name in alike if name.endswith("_m")), alike[0])
+    alike = [name for name, mix in mixes().items() if mix.base == kind and kind not in FLOAT_TYPES]
+    return next((name for name in alike if name.endswith("_m")), alike[0] if alike else "q8_0")
+
+
+def quantize_within(
+    name: str,
+    target: str | Path | None,
+    wish: Wish,
+    budget: Budget,
+    *,
+    imatrix: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`quantize_file` with types that fit a budget; None as target only plans.
+
+    Importances with Fisher information (`qjax calibrate --fisher`) are taken as they are. Else the model is looked at,
+    and what is found lies beside the target: TARGET-fisher.gguf.
+
+    Returns:
+      What `quantize_file` does, and expected_kld; measured_kld on the text that was looked at, where there was one.
+
+    Raises:
+      QjaxError: see `within`, `quantize_file` and `chunks_for`.
+    """
+    source = open_source(locate(name))
+    given = None if imatrix is None else read_imatrix(imatrix)
+    known, model, chunks = given, None, None
+    if given is None or not given.row_sums or budget.data is not None:
+        model = open_model(name)
+        chunks = chunks_for(model, budget)
+    if given is None or not given.row_sums:
+        assert model is not None and chunks is not None
+        known = look(model, chunks, budget.data or OWN_TEXT)
+    assert known is not None
+    found = within(source, wish, budget, known, given or known)
+    if target is None:
+        return {
+            **dry_run(name, found.wish, requantize=options.get("requantize", False)),
+            "expected_kld": found.expected,
+        }
+    if imatrix is None:
+        imatrix = Path(target).with_name(f"{Path(target).stem}-fisher.gguf")
+        write_imatrix(imatrix, known)
+    with progress_bar(f"writing {target}") as advance:
+        result = quantize_file(
+            name, target, found.wish, imatrix=imatrix, progress=lambda name: advance(note=name), **options
+        )
+    result |= {"expected_kld": found.expected, "imatrix": str(imatrix)}
+    if model is not None and chunks is not None:
+        bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+        with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", total=2 * len(chunks)) as advance:
+            path = Path(folder) / "base.kld"
+            step = lambda done, total, so_far: advance()
+            save_base(path, model.params, model.config, chunks, bos_id=bos, progress=step)
+            # One model is in memory at a time.
+            model = None
+            made = api.load(result["path"])
+            base = read_base(path, made.config)
+            divergence_ = divergence(made.params, made.config, base, bos_id=bos, progress=step)
+        result |= {"measured_kld": divergence_.mean_kld, "measured_kld_stderr": divergence_.kld_stderr}
+    return result

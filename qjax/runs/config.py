@@ -99,7 +99,27 @@ class TrainConfig:
         _refuse_below_one(self, "config", besides=("seed",))
 
 
-CONFIGS: dict[str, type] = {"train": TrainConfig}
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """A quantized GGUF file from a float one, as `qjax quantize` makes it.
+
+    `output`, `imatrix`, and where they are files `source` and `type` (a mix), are relative to the config file.
+    `tensor_types`: texts REGEX=TYPE.
+    """
+
+    kind: str
+    source: str
+    output: str
+    type: str
+    imatrix: str | None = None
+    pure: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    allow_requantize: bool = False
+
+
+CONFIGS: dict[str, type] = {"train": TrainConfig, "quantize": QuantizeConfig}
 
 
 def load_config(path: Path) -> Any:

@@ -92,6 +92,17 @@ def test_any_block_stays_near(seed: int, kind: str, weighted: bool, power: int) 
         assert np.abs(back[0] - w[0]).max() <= 2.5 * np.abs(w[0]).max() / levels
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q8_0"])
+def test_experts_by_their_own_importance(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((3, 4, 256)).astype(np.float16)
+    importance = rng.uniform(0.1, 4, (3, 256)).astype(np.float32)
+    made = encode(kind, w, importance)
+    for expert in range(3):
+        np.testing.assert_array_equal(made[expert], encode(kind, w[expert], importance[expert]))
+    assert encode(kind, w).shape == made.shape
+
+
 def test_refuses() -> None:
     w = np.zeros((2, 256), np.float32)
     for call, words in (
@@ -99,6 +110,8 @@ def test_refuses() -> None:
         (lambda: encode("Q4_K", w[:, :128]), "multiple of 256"),
         (lambda: encode("Q4_0", w, -np.ones(256, np.float32)), "not negative"),
         (lambda: encode("Q4_K", w, np.full(256, np.nan, np.float32)), "finite"),
+        (lambda: encode("Q4_K", w[None], np.ones((2, 256), np.float32)), "of each column"),
+        (lambda: encode("Q4_K", w, np.ones((1, 256), np.float32)), "of each column"),
     ):
         with pytest.raises(QjaxError, match=words):
             call()

@@ -46,7 +46,7 @@ def changed(path: Path, **changes: object) -> Path:
         ({"corpus__held_out": "b.py"}, "corpus.held_out: expected a list of str, got 'b.py'"),
         ({"corpus__held_out": [1]}, r"corpus.held_out\[0\]: expected str, got 1"),
         ({"corpus__folder": 1}, "corpus.folder: expected str, got 1"),
-        ({"kind": "bake"}, r"kind: expected one of \['train'\], got 'bake'"),
+        ({"kind": "bake"}, r"kind: expected one of \['quantize', 'train'\], got 'bake'"),
         ({"kind": ...}, "kind: expected one of"),
         ({"model__n_kv_heads": 4}, "n_heads: expected a multiple"),
         ({"model__context_length": 31}, "context_length: expected an even number"),

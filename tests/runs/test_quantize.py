@@ -1,9 +1,11 @@
 """`qjax quantize`: a float file to mixes, with and without importance, and what it refuses."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.models import rewrite
-from qjax.runs.quantize import plan_file, quantize_file
+from qjax.quantizers.ggml import encode
+from qjax.runs import run
+from qjax.runs.quantize import dry_run, plan_file, quantize_file
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,7 @@ def test_refuses(tmp_path: Path, q4_k_m: Path) -> None:
         (lambda: quantize_file(q4_k_m, target, Wish("q3_k_s")), "allow-requantize"),
         (lambda: quantize_file("embedded", target, Wish("iq2_xxs")), "does not make yet"),
         (lambda: quantize_file("embedded", target, Wish("q9")), "not known"),
+        (lambda: quantize_file("embedded", target, Wish("q9.yaml")), "q9.yaml: expected a readable YAML file"),
         (lambda: quantize_file("embedded", target, Wish("q4_k_m"), imatrix=wrong), "another model"),
         (lambda: quantize_file("embedded", target, Wish("q4_k_m", output_type="q9", embedding_type="q9")), "ggml type"),
     ):
@@ -201,3 +208,88 @@ def test_what_is_done_counts_for_the_same_wish_only(tmp_path: Path, monkeypatch:
     assert resumed(wish, imatrix=imatrix) == 0
     assert resumed(wish, split_max_bytes=10**6) == 0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_experts(tmp_path: Path) -> None:
+    """A model that qjax does not run: 8 experts, each by its own importance; gates are kept."""
+    rng = np.random.default_rng(0)
+    shapes = {"attn_v": (64, 256), "ffn_gate_inp": (8, 256), "ffn_up_exps": (8, 16, 256), "ffn_down_exps": (8, 256, 32)}
+    weights = {f"blk.0.{name}.weight": rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.expert_count": 8}
+    tensors = [TensorToWrite(name, w.shape, "F16", w.view(np.uint8)) for name, w in weights.items()]
+    write_gguf(tmp_path / "f.gguf", metadata, tensors)
+    up = "blk.0.ffn_up_exps.weight"
+    importance = rng.uniform(0.1, 3, (8, 256)).astype(np.float32)
+    write_gguf(
+        tmp_path / "i.gguf",
+        {"general.type": "imatrix"},
+        [
+            TensorToWrite(f"{up}.in_sum2", importance.shape, "F32", importance.view(np.uint8)),
+            TensorToWrite(f"{up}.counts", (8, 1), "F32", np.ones((8, 1), np.float32).view(np.uint8)),
+        ],
+    )
+    with pytest.warns(QjaxWarning, match="without importance"):
+        quantize_file(tmp_path / "f.gguf", tmp_path / "q.gguf", Wish("q4_k_m"), imatrix=tmp_path / "i.gguf")
+    file = open_gguf(tmp_path / "q.gguf")
+    assert [info.type for info in file.tensors.values()] == ["Q8_0", "F16", "Q4_K", "Q8_0"]
+    np.testing.assert_array_equal(file.raw(up), encode("Q4_K", weights[up], importance))
+    again = tmp_path / "again.gguf"
+    quantize_file(tmp_path / "q.gguf", again, Wish("q8_0"), requantize=True)
+    assert open_gguf(again).tensors[up].shape == (8, 16, 256)
+
+
+@pytest.mark.parametrize(("name", "mebibytes"), [("llama-70b", 39503.23), ("mixtral-8x7b", 27127.87)])
+def test_a_dry_run_reads_only_the_header(name: str, mebibytes: float, tmp_path: Path) -> None:
+    """Of a file of 129 GiB without a weight on the disk; the sizes are those that llama-quantize --dry-run says."""
+    tool = runpy.run_path(str(ROOT / "tests/formats/gguf/make_mix_goldens.py"))
+    path = tool["write_model"](tmp_path / "model.gguf", name)
+    start = time.process_time()
+    made = dry_run(path, Wish("q4_k_m"))
+    assert time.process_time() - start < 2
+    assert round(made["bytes"] / 2**20, 2) == mebibytes
+    with pytest.warns(QjaxWarning, match="does not make yet"):
+        dry_run(path, Wish("q1_0"))
+
+
+def test_a_mix_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command line, while loading, and with overrides in a file."""
+    (tmp_path / "own.yaml").write_text("base: q8_0\nrules: [{role: ffn_down, type: q5_0, when: first 1/2}]")
+    (tmp_path / "types.txt").write_text("attn_q=q4_0\nattn_[kv]=q4_1")
+    own = str(tmp_path / "own.yaml")
+    loaded = qjax.load("embedded", quantize=own).params
+    quantize_file("embedded", tmp_path / "q.gguf", Wish(own))
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(qjax.load(tmp_path / "q.gguf").params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    options = ["--tensor-type", "attn_v=q5_1", "--tensor-type-file", str(tmp_path / "types.txt"), "--dry-run", "--json"]
+    assert main(["quantize", "embedded", "--type", own, *options]) == 0
+    kinds = {t["name"]: t["to"] for t in json.loads(capsys.readouterr().out)["tensors"]}
+    assert [kinds[f"blk.{i}.ffn_down.weight"] for i in range(4)] == ["Q5_0", "Q5_0", "Q8_0", "Q8_0"]
+    assert [kinds[f"blk.3.attn_{role}.weight"] for role in "qkv"] == ["Q4_0", "Q4_1", "Q5_1"]
+    (tmp_path / "own.yaml").write_text("base: q8_0\nrule: []")
+    assert main(["quantize", "embedded", "--type", own, "--dry-run"]) == 2
+    assert "own.yaml: unknown key 'rule'" in capsys.readouterr().err
+
+
+def test_the_config_in_the_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`qjax run` makes the file that the same wishes make on the command line; paths are relative to the config."""
+    text = (ROOT / "configs/quantize.yaml").read_text()
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs" / "quantize.yaml"
+    config.write_text(text)
+    made = run(config)
+    assert made.resolve() == tmp_path / "runs/quantize/embedded-q4_k_m.gguf"
+    target = tmp_path / "q.gguf"
+    wishes = ["--tensor-type", r"blk\.0\.ffn_down=q6_k", "--tensor-type", "attn_output=q5_k"]
+    assert main(["quantize", "embedded", "-o", str(target), "--type", "q4_k_m", *wishes]) == 0
+    assert made.read_bytes() == target.read_bytes()
+    # A source, a mix and an importance matrix that lie beside the config.
+    (tmp_path / "configs/own.yaml").write_text("base: q8_0")
+    made.rename(tmp_path / "configs/f.gguf")
+    config.write_text("{kind: quantize, source: f.gguf, output: o.gguf, type: own.yaml, allow_requantize: true}")
+    assert {info.type for info in open_gguf(run(config)).tensors.values()} == {"F32", "Q8_0", "Q6_K"}
+    config.write_text("{kind: quantize, source: f.gguf, output: o.gguf, type: q4_0, imatrix: i.gguf}")
+    with pytest.raises(QjaxError, match=r"configs.i\.gguf"):
+        run(config)
+    config.write_text("{kind: quantize, source: f.gguf, output: o.gguf, type: q4_0, tensor_types: ffn=q8_0}")
+    with pytest.raises(QjaxError, match="tensor_types: expected a list of str"):
+        run(config)

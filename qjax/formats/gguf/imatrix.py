@@ -3,6 +3,7 @@
 Source: llama.cpp's tools/imatrix (the GGUF form, `general.type` "imatrix") and its older binary form (.dat).
 """
 
+import math
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ _LONGEST_NAME = 1 << 12
 class Importances(NamedTuple):
     """What a file says, by the weight's name.
 
-    sums: of the squares in each column, [in_features], or [matrices, in_features] of stacked experts; float32, or
+    sums: of the squares in each column, [in_features], or [experts, in_features]; in one row in files of
+      the older form. float32, or
       float64 of a calibration that is under way.
     counts: how many rows were summed, [] or [matrices]; of a .dat file chunks.
     chunks: of text that were looked at, of chunk_size tokens each (0 if the file does not say); datasets: their names.
@@ -42,25 +44,34 @@ class Importances(NamedTuple):
 
     @property
     def of(self) -> dict[str, Float32[np.ndarray, "*matrices n"]]:
-        """The mean squares."""
-        return {name: (sums / self.counts[name][..., None]).astype(np.float32) for name, sums in self.sums.items()}
+        """The mean squares; of an expert that no token was sent to ones, as llama-quantize has it."""
+        means = {}
+        for name, sums in self.sums.items():
+            counts = self.counts[name][..., None]
+            means[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
+        return means
 
-    def matched(self, path: Path, weights: Mapping[str, tuple[int, ...]]) -> dict[str, Float32[np.ndarray, " n"]]:
+    def matched(
+        self, path: Path, weights: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Float32[np.ndarray, "*experts n"]]:
         """The importance of each of the weights (name to shape) of a file that are quantized; a warning names the rest.
 
+        Of a matrix [out, n] it is [n], of experts' [experts, out, n] it is [experts, n].
+
         Raises:
-          FormatError: an importance of another length than its weight's rows.
+          FormatError: an importance of another length than its weight's rows, or of another number of experts.
         """
         found, missing = {}, []
         for name, shape in weights.items():
             values = self.of.get(name)
-            if values is not None and values.shape != shape[-1:]:
+            columns = (*shape[:-2], shape[-1])
+            if values is not None and values.size != math.prod(columns):
                 raise FormatError(
-                    f"{path}: {name} has rows of {shape[-1]}, its importance is of shape {values.shape}; the matrix is "
-                    "of another model"
+                    f"{path}: {name} of shape {shape} has {math.prod(columns)} columns, its importance is of shape "
+                    f"{values.shape}; the matrix is of another model"
                 )
             if values is not None:
-                found[name] = values
+                found[name] = values.reshape(columns)
             elif name != "token_embd.weight":
                 # Of an embedding only rows are looked up: nothing is multiplied with it, unless it is the output too.
                 missing.append(name)
@@ -157,7 +168,7 @@ def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
 def _from_gguf(file: GGUFFile) -> Importances:
     if file.metadata.get("general.type") != "imatrix":
         raise FormatError(f"{file.path}: is no importance matrix (its general.type is not 'imatrix')")
-    sums, counts, rows = {}, {}, {}
+    sums, counts, rows, idle = {}, {}, {}, {}
     for name in file.tensors:
         if not name.endswith(_SUMS):
             continue
@@ -166,10 +177,19 @@ def _from_gguf(file: GGUFFile) -> Importances:
         found = found[0] if found.ndim == 2 and len(found) == 1 else found
         if count.size != found[..., 0].size:
             raise FormatError(f"{file.path}: {weight}{_COUNTS} has {count.size} numbers, expected one a matrix")
-        if (count > 0).all():
+        if (count > 0).any():
             sums[weight], counts[weight] = found, count.reshape(found.shape[:-1])
+            idle[weight] = int((count == 0).sum())
             if weight + _ROWS in file.tensors:
                 rows[weight] = _floats(file, weight + _ROWS, "F32", "F64")
+    if any(idle.values()):
+        name = max(idle, key=lambda name: idle[name])
+        warnings.warn(
+            f"{file.path}: no token was sent to {sum(idle.values())} matrices of experts, e.g. {idle[name]} of {name}: "
+            "all columns of these count alike",
+            QjaxWarning,
+            stacklevel=4,
+        )
     datasets: Any = file.metadata.get("imatrix.datasets", [])
     datasets = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
     chunks, size = (file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))

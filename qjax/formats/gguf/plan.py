@@ -5,6 +5,7 @@ the name; then the mix (or its base type alone, if `pure`). What rows do not all
 Source: `llama_tensor_get_type` and `tensor_type_fallback` of llama.cpp's src/llama-quant.cpp.
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -61,13 +62,17 @@ def override(text: str) -> tuple[str, str]:
         raise QjaxError(f"in {text!r}: {error}") from None
 
 
-def read_overrides(path: str | Path) -> list[tuple[str, str]]:
-    """Those of a file: REGEX=TYPE apart by spaces or lines, or, if it is YAML, in a list `tensor_types`.
+def overrides(given: Sequence[str | Path]) -> list[tuple[str, str]]:
+    """Those of texts REGEX=TYPE, and of files (paths) of them: apart by spaces or lines, or a YAML list `tensor_types`.
 
     Raises:
-      QjaxError: the file cannot be read, or one of them is none.
+      QjaxError: a file cannot be read, or a text is no override.
     """
-    path = Path(path)
+    lists = ([override(item)] if isinstance(item, str) else _overrides_in(item) for item in given)
+    return list(itertools.chain.from_iterable(lists))
+
+
+def _overrides_in(path: Path) -> list[tuple[str, str]]:
     if path.suffix.lower() in YAML_ENDINGS:
         texts = read_yaml(path).get("tensor_types")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -115,14 +120,14 @@ def types_of(shapes: Mapping[str, tuple[int, ...]], model: Traits, wish: Wish) -
         for role, kind in (("output", wish.output_type), ("token_embd", wish.embedding_type))
         if kind is not None
     }
-    overrides = [(pattern(expression), type_named(kind)) for expression, kind in wish.overrides]
+    by_name = [(pattern(expression), type_named(kind)) for expression, kind in wish.overrides]
     places = Places(shapes, model, wish.imatrix)
     types = {}
     for name in in_order(shapes):
         shape = shapes[name]
         if not is_quantizable(name, shape):
             continue
-        found = next((kind for expression, kind in overrides if expression.search(name)), None)
+        found = next((kind for expression, kind in by_name if expression.search(name)), None)
         role = role_of(name)
         # Of the two embeddings, that of each layer is the larger: its own override goes before what is said of both.
         if role in wanted and (found is None or name != "per_layer_token_embd.weight"):

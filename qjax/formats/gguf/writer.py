@@ -111,6 +111,14 @@ def write_gguf(
     return [file.path for file in files]
 
 
+def header_nbytes(
+    metadata: Mapping[str, Any], tensors: Sequence[TensorToWrite], *, metadata_types: Mapping[str, str] | None = None
+) -> int:
+    """Bytes before the data of the first tensor in a file that `write_gguf` would make, not split."""
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    return len(_header(metadata, metadata_types or {}, tensors, [0] * len(tensors), alignment))
+
+
 def _header(
     metadata: Mapping[str, Any],
     types: Mapping[str, str],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qjax.errors import FormatError
+from qjax.errors import FormatError, QjaxWarning
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.imatrix import Importances, merge, read_imatrix, write_imatrix
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
@@ -35,6 +35,26 @@ def test_gguf(tmp_path: Path) -> None:
     found = read_imatrix(path)
     assert (found.chunks, found.datasets, set(found.of)) == (7, ("a.txt",), {"blk.0.ffn_up.weight"})
     np.testing.assert_array_equal(found.of["blk.0.ffn_up.weight"], [1, 2, 0])
+
+
+def test_experts(tmp_path: Path) -> None:
+    """As llama-quantize has it: sums by each expert's count; all columns alike of one that was never asked."""
+    path = gguf_file(
+        tmp_path / "i.gguf",
+        floats("up.weight.in_sum2", np.stack([SUMS, SUMS])),
+        floats("up.weight.counts", np.array([[4.0], [0.0]])),
+    )
+    with pytest.warns(QjaxWarning, match=r"no token was sent to 1 matrices of experts, e\.g\. 1 of up\.weight"):
+        found = read_imatrix(path)
+    expected = np.array([[0.5, 1, 0], [1, 1, 1]], np.float32)
+    np.testing.assert_array_equal(found.matched(path, {"up.weight": (2, 5, 3)})["up.weight"], expected)
+    # The older form has them in one row.
+    (tmp_path / "i.dat").write_bytes(dat(b"up.weight", 1, expected.reshape(-1)))
+    older = read_imatrix(tmp_path / "i.dat")
+    np.testing.assert_array_equal(older.matched(path, {"up.weight": (2, 5, 3)})["up.weight"], expected)
+    for shape in ((3, 5, 3), (5, 3), (2, 5, 4)):
+        with pytest.raises(FormatError, match=r"up\.weight of shape .* columns.* another model"):
+            found.matched(path, {"up.weight": shape})
 
 
 def dat(name: bytes = b"w", calls: int = 4, values: np.ndarray = SUMS) -> bytes:

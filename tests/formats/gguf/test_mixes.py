@@ -1,8 +1,6 @@
 """Mixes against llama-quantize: at real sizes (mixes.txt), in files that it made, live; and mixes of a user's own."""
 
-import os
 import runpy
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ from qjax.formats.gguf.plan import FALLBACK, Wish, override, plan
 from qjax.formats.gguf.types import GGML_TYPES
 
 tool = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("make_mix_goldens.py"))))
-LLAMA_QUANTIZE = os.environ.get("LLAMA_QUANTIZE", "llama-quantize")
 
 
 def sections() -> dict[tuple[str, str], dict[str, str]]:
@@ -81,16 +78,12 @@ def test_types_are_those_of_llama_quantize(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.interop
 @pytest.mark.parametrize(("name", "options"), [("mixtral-8x7b", "--imatrix"), ("qwen2-0.5b", "--pure")])
-def test_types_are_those_of_llama_quantize_now(name: str, options: str, tmp_path: Path) -> None:
-    try:
-        subprocess.run([LLAMA_QUANTIZE, "--help"], capture_output=True, check=False)
-    except OSError:
-        pytest.skip("no llama-quantize (set LLAMA_QUANTIZE)")
+def test_types_are_those_of_llama_quantize_now(name: str, options: str, tmp_path: Path, llama_quantize: str) -> None:
     path = tool.write_model(tmp_path / "model.gguf", name)
     imatrix = tool.write_imatrix(tmp_path / "imatrix.gguf")
     for mix in mixes():
         if mix != "q1_0":
-            theirs = tool.types_by_llama_quantize(LLAMA_QUANTIZE, path, mix, options, imatrix)
+            theirs = tool.types_by_llama_quantize(llama_quantize, path, mix, options, imatrix)
             assert plan(open_gguf(path), wish(mix, options)) == theirs, mix
 
 

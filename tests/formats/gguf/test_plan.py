@@ -7,7 +7,7 @@ import pytest
 
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import GGUFFile, open_gguf
-from qjax.formats.gguf.plan import Wish, override, plan, read_overrides
+from qjax.formats.gguf.plan import Wish, override, overrides, plan
 from qjax.formats.gguf.types import type_named
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 
@@ -53,8 +53,8 @@ def test_pure(file: GGUFFile) -> None:
 
 
 def test_wishes_by_precedence(file: GGUFFile) -> None:
-    overrides = [override("ffn_.*=q5_k"), override("ffn_up=q8_0"), override("^output=Q4_K"), override("embd=q3_k")]
-    wish = Wish("q4_k_m", overrides=overrides)
+    wishes = [override("ffn_.*=q5_k"), override("ffn_up=q8_0"), override("^output=Q4_K"), override("embd=q3_k")]
+    wish = Wish("q4_k_m", overrides=wishes)
     assert types(file, wish) == ["Q3_K", "F32", "Q6_K", "Q5_1", "Q5_K", "Q4_K"]
     wish = wish._replace(output_type="f16", embedding_type="q8_0", pure=True)
     assert types(file, wish) == ["Q8_0", "F32", "Q4_K", "Q5_1", "Q5_K", "F16"]
@@ -75,14 +75,15 @@ def test_overrides_of_a_file(tmp_path: Path) -> None:
     expected = [("ffn_up", "Q8_0"), (r"blk\.[01]\.attn_v", "F16")]
     (tmp_path / "types.txt").write_text("ffn_up=q8_0 \n" + r"blk\.[01]\.attn_v=f16")
     (tmp_path / "types.yaml").write_text("tensor_types:\n- ffn_up=q8_0\n" + r"- blk\.[01]\.attn_v=f16")
-    assert read_overrides(tmp_path / "types.txt") == read_overrides(tmp_path / "types.yaml") == expected
+    assert overrides([tmp_path / "types.txt"]) == overrides([tmp_path / "types.yaml"]) == expected
+    assert overrides(["a=q4_0", tmp_path / "types.txt", "b=q4_1"]) == [("a", "Q4_0"), *expected, ("b", "Q4_1")]
     (tmp_path / "list.yaml").write_text("- ffn_up=q8_0")
     (tmp_path / "number.yaml").write_text("tensor_types: [3]")
     (tmp_path / "bad.txt").write_text("ffn_up")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     for name in ("list.yaml", "number.yaml", "bad.txt", "bytes.txt", "nowhere.txt"):
         with pytest.raises(QjaxError, match=name):
-            read_overrides(tmp_path / name)
+            overrides([tmp_path / name])
 
 
 def test_floats_with_wishes(file: GGUFFile) -> None:
