@@ -14,18 +14,19 @@ from jaxtyping import Float32
 from qjax.arrays import QuantizedArray
 from qjax.calibrate.fisher import Fisher, divergence_of, drawn_rows
 from qjax.errors import QjaxError
-from qjax.formats.gguf import GGUFFile, from_blocks
+from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.header import DEFAULT_ALIGNMENT, align_up
 from qjax.formats.gguf.types import GGML_TYPES
+from qjax.formats.source import Source
 from qjax.models.load import read_array
 from qjax.quantizers.allocation import Choice, allocate
 from qjax.quantizers.ggml import encode
 from qjax.quantizers.ggml_legacy import check_finite
 
 # What is chosen from, unless told: for rows of whole super-blocks, and for others.
-SUPER_BLOCKED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-BLOCKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16")
+SUPER_BLOCKED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+BLOCKED = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16")
 
 # Weights of a matrix that errors are measured on.
 SAMPLE = 1 << 18
@@ -45,7 +46,7 @@ def stored(type_name: str, shape: Sequence[int]) -> int:
     return align_up(nbytes, DEFAULT_ALIGNMENT)
 
 
-def _some_rows(file: GGUFFile, name: str, rows: np.ndarray | None) -> Float32[np.ndarray, "rows in"]:
+def _some_rows(file: Source, name: str, rows: np.ndarray | None) -> Float32[np.ndarray, "rows in"]:
     array = read_array(file, name, apply_scale=False)
     if isinstance(array, QuantizedArray):
         at = np.arange(array.shape[0]) if rows is None else rows
@@ -65,7 +66,7 @@ def _costs(w: np.ndarray, kinds: Sequence[str], fisher: Fisher, rows: Any, impor
 
 
 def choices(
-    file: GGUFFile,
+    file: Source,
     kinds: Mapping[str, Sequence[str]],
     fishers: Mapping[str, Fisher],
     importances: Mapping[str, Float32[np.ndarray, " n"]],

@@ -257,8 +257,8 @@ def convert_to_mix(
     """Write a source quantized as llama-quantize would; see `rewrite`. Returns the files and what is in them.
 
     Raises:
-      QjaxError: see `plan_mix`, `check_encoders`, `read_imatrix` and `rewrite`; an importance of another length than its
-        weight's rows.
+      QjaxError: see `plan_mix`, `check_encoders`, `read_imatrix` and `rewrite`; an importance of another length than
+        its weight's rows.
     """
     found = None if imatrix is None else read_imatrix(imatrix)
     tensors = plan_mix(source, wish._replace(imatrix=found is not None), requantize=requantize)

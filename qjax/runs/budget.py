@@ -1,15 +1,17 @@
 """Types under a budget of bytes: `qjax quantize --target-bpw 4.25` or `--target-size 3.5GiB`.
 
 The model is looked at once (Fisher information, on text or on what it writes itself), every candidate type is tried
-on every matrix, and the types that fit and lose least are chosen. What they are expected to cost stands beside what they
-do.
+on every matrix, and the types that fit and lose least are chosen. What they are expected to cost stands beside what
+they do.
 """
 
 import dataclasses
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +22,9 @@ from qjax.calibrate.budget import BLOCKED, SUPER_BLOCKED, choices, fit, stored
 from qjax.calibrate.fisher import each, fisher
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
+from qjax.evaluate.divergence import Divergence, divergence, read_base, save_base
 from qjax.formats.gguf.arrays import FLOAT_TYPES
-from qjax.formats.gguf.imatrix import Importances
+from qjax.formats.gguf.imatrix import Importances, read_imatrix, write_imatrix
 from qjax.formats.gguf.mixes import mixes
 from qjax.formats.gguf.places import is_quantizable
 from qjax.formats.gguf.plan import Wish, plan
@@ -31,7 +34,7 @@ from qjax.formats.source import Source, open_source
 from qjax.models.chunks import begun, chunks_of
 from qjax.runs.console import progress_bar
 from qjax.runs.quantize import dry_run, quantize_file
-from qjax.runs.texts import read_text
+from qjax.runs.texts import open_model, read_text
 
 CHUNKS, N_CTX = 8, 512
 OWN_TEXT = "text of the model's own"
@@ -168,20 +171,20 @@ def quantize_within(
     """
     source = open_source(locate(name))
     given = None if imatrix is None else read_imatrix(imatrix)
-    known, model, chunks = given, None, None
-    if given is None or not given.row_sums or budget.data is not None:
+    chunks = None
+    if given is not None and given.row_sums:
+        known = given
+        if budget.data is not None:
+            chunks = chunks_for(open_model(name), budget)
+    else:
         model = open_model(name)
         chunks = chunks_for(model, budget)
-    if given is None or not given.row_sums:
-        assert model is not None and chunks is not None
         known = look(model, chunks, budget.data or OWN_TEXT)
-    assert known is not None
+        del model
     found = within(source, wish, budget, known, given or known)
+    expected = {"expected_kld": found.expected}
     if target is None:
-        return {
-            **dry_run(name, found.wish, requantize=options.get("requantize", False)),
-            "expected_kld": found.expected,
-        }
+        return {**dry_run(name, found.wish, requantize=options.get("requantize", False)), **expected}
     if imatrix is None:
         imatrix = Path(target).with_name(f"{Path(target).stem}-fisher.gguf")
         write_imatrix(imatrix, known)
@@ -189,17 +192,20 @@ def quantize_within(
         result = quantize_file(
             name, target, found.wish, imatrix=imatrix, progress=lambda name: advance(note=name), **options
         )
-    result |= {"expected_kld": found.expected, "imatrix": str(imatrix)}
-    if model is not None and chunks is not None:
-        bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
-        with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", total=2 * len(chunks)) as advance:
-            path = Path(folder) / "base.kld"
-            step = lambda done, total, so_far: advance()
-            save_base(path, model.params, model.config, chunks, bos_id=bos, progress=step)
-            # One model is in memory at a time.
-            model = None
-            made = api.load(result["path"])
-            base = read_base(path, made.config)
-            divergence_ = divergence(made.params, made.config, base, bos_id=bos, progress=step)
-        result |= {"measured_kld": divergence_.mean_kld, "measured_kld_stderr": divergence_.kld_stderr}
+    result |= {**expected, "imatrix": str(imatrix)}
+    if chunks is not None:
+        cost = measured(name, result["path"], chunks)
+        result |= {"measured_kld": cost.mean_kld, "measured_kld_stderr": cost.kld_stderr}
     return result
+
+
+def measured(base: str, made: str, chunks: Int32[np.ndarray, "chunks n_ctx"]) -> Divergence:
+    """Of a file to the model that it was made of; one of them is in memory at a time."""
+    with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", total=2 * len(chunks)) as advance:
+        path = Path(folder) / "base.kld"
+        step = lambda done, total, so_far: advance(total=2 * len(chunks))
+        # The chunks begin with BOS already, where the model has one.
+        model = api.load(base)
+        save_base(path, model.params, model.config, chunks, bos_id=None, progress=step)
+        model = api.load(made)
+        return divergence(model.params, model.config, read_base(path, model.config), bos_id=None, progress=step)
