@@ -160,7 +160,8 @@ def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _number_in(name: str) -> int:
-    found = re.match(r"blk\.(\d+)\.", name)
+    # No more digits than any model needs: a damaged name may have thousands.
+    found = re.match(r"blk\.([0-9]{1,9})\.", name)
     return int(found[1]) if found else -1
 
 

@@ -6,7 +6,6 @@ Source: `llama_tensor_get_type` and `tensor_type_fallback` of llama.cpp's src/ll
 """
 
 import itertools
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,7 +154,7 @@ def plan(file: Source, wish: Wish) -> dict[str, str]:
     model = traits_of(file.metadata)
     types = types_of({name: info.shape for name, info in file.tensors.items()}, model, wish)
     for expression, kind in wish.overrides:
-        if not any(re.search(expression, name, re.IGNORECASE) for name in types):
+        if not any(map(pattern(expression).search, types)):
             warnings.warn(
                 f"{expression}={kind}: found in the name of no matrix of {file.path}", QjaxWarning, stacklevel=3
             )

@@ -11,7 +11,7 @@ import pytest
 from qjax.errors import QjaxError
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.mixes import aliases, file_type, is_mix, mix_of, mixes
-from qjax.formats.gguf.places import is_quantizable
+from qjax.formats.gguf.places import in_order, is_quantizable
 from qjax.formats.gguf.plan import FALLBACK, Wish, override, plan
 from qjax.formats.gguf.types import GGML_TYPES
 
@@ -113,6 +113,12 @@ def test_types_are_those_of_files_that_llama_quantize_made(interop: Path) -> Non
 )
 def test_no_mix_decides_over_vectors_norms_and_gates(name: str, shape: tuple[int, ...]) -> None:
     assert not is_quantizable(name, shape)
+
+
+def test_the_order_of_tensors() -> None:
+    """By the number of the layer, as llama.cpp reads it; what is no number is of no layer."""
+    names = ["blk.10.a", "blk.9.b", "output.weight", f"blk.{'9' * 5000}.a", "blk.x.a", "blk.9.a"]
+    assert in_order(names) == [names[3], names[4], names[2], "blk.9.a", "blk.9.b", "blk.10.a"]
 
 
 def test_names_of_mixes() -> None:
