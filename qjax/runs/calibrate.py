@@ -9,7 +9,7 @@ from typing import Any
 from qjax.calibrate.importance import accumulate, nothing
 from qjax.calibrate.statistics import statistics
 from qjax.errors import QjaxError
-from qjax.formats.atomic import check_writable
+from qjax.formats.atomic import check_writable, remove_leftovers
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.imatrix import Importances, merge, read_imatrix, write_imatrix
 from qjax.formats.locate import locate
@@ -62,6 +62,7 @@ def calibrate(
         check_writable(path)
         if any(Path(path).exists() and Path(path).samefile(read) for read in (source, data) if Path(read).exists()):
             raise QjaxError(f"{path}: is read by this run: name another file by -o")
+        remove_leftovers(path)
     text = read_text(data)
     stamp = _stamp(source, text, {"ctx": ctx, "chunks": chunks, "output": output, "batch": batch})
     before = _resumed(partial, stamp) if partial.exists() and not fresh else nothing(ctx, (str(data),))
