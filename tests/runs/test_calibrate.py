@@ -1,5 +1,6 @@
 """`qjax calibrate`: a file like llama-imatrix's, whole or not at all, and runs that were killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import qjax
@@ -155,6 +157,11 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         bare,
     )
+    layers = [{**model.params["layers"][0], "attn_norm": np.full(model.config.hidden, np.inf, np.float32)}]
+    damaged = tmp_path / "damaged.gguf"
+    qjax.save(
+        dataclasses.replace(model, params={**model.params, "layers": layers + model.params["layers"][1:]}), damaged
+    )
     before = bare.read_bytes()
     for arguments, words in (
         (["embedded", "--data", tmp_path / "short.txt"], "fewer than one chunk of 512"),
@@ -165,6 +172,7 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["embedded", "--data", TEXT, "-o", tmp_path / "no" / "i.gguf"], "make it first"),
         ([bare, "--data", TEXT], "tokenizer"),
         ([bare, "--data", TEXT, "-o", bare], "is read by this run"),
+        ([damaged, "--data", TEXT, "--ctx", "128"], "damaged.gguf: blk.0.attn_q.weight"),
         (["embedded"], "--data"),
         ([], "one of them"),
         (["embedded", "--show", bare], "one of them"),
@@ -181,4 +189,4 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in error
         assert error.count("\n") == 1
     assert bare.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"short.txt", "binary.txt", "bare.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"short.txt", "binary.txt", "bare.gguf", "damaged.gguf"}
