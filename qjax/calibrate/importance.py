@@ -96,9 +96,8 @@ def squares(names: tuple[str, ...], x: Float[Array, "batch seq n"]) -> Float32[A
     return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)
 
 
-def _added(
-    found: Importances, kept: list[tuple[tuple[str, ...], Float32[np.ndarray, "batch n"]]], chunks: int
-) -> Importances:
+def _added(found: Importances, kept: list[tuple[tuple[str, ...], Any]], chunks: int) -> Importances:
+    """`kept`: by names, float32 [chunks, n] of the chunks that come next."""
     sums: dict[str, np.ndarray] = {}
     for names, rows in kept:
         if not np.isfinite(rows).all():

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from qjax.kernels import Activations, rms_norm
 from qjax.models import ModelConfig
 from qjax.models.forward import Tap, begin, layer
+from qjax.models.load import MATRICES
 
 
 def walk(
@@ -37,8 +38,9 @@ def walk(
     x, angles, positions = begin(params, tokens, jnp.zeros(tokens.shape[0], jnp.int32))
     for i, p in enumerate(params["layers"]):
         x, _, tapped = layer(p, x, angles, positions, None, config=config, activations=activations, tap=tap)
-        for names, kept in tapped.items():
-            yield tuple(f"blk.{i}.{name}.weight" for name in names), kept
+        # What comes out of a compiled program is sorted by name.
+        for names in sorted(tapped, key=lambda names: MATRICES.index(names[0])):
+            yield tuple(f"blk.{i}.{name}.weight" for name in names), tapped[names]
     if output:
         name = "output.weight" if "output" in params else "token_embd.weight"
         yield (name,), _at_output(params["output_norm"], x, config=config, tap=tap)

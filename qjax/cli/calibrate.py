@@ -21,7 +21,9 @@ def add(commands: Commands) -> None:
     sub.add_argument("--ctx", type=positive, default=512, help="tokens of a chunk; default: 512")
     sub.add_argument("--chunks", type=positive, help="only this many; default: all")
     sub.add_argument("--batch", type=positive, default=1, help="chunks that are run at once; default: 1")
-    sub.add_argument("--process-output", action="store_true", help="the output matrix too")
+    sub.add_argument(
+        "--process-output", action="store_true", help="of the output matrix too (token_embd.weight if tied)"
+    )
     sub.add_argument("--fresh", action="store_true", help="start anew, whatever FILE.partial holds")
     sub.add_argument(
         "--save-every", type=number, default=30.0, metavar="SECONDS", help="write FILE.partial this often; default: 30"

@@ -2,14 +2,15 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qjax.api import Model
 from qjax.calibrate.importance import accumulate, nothing
 from qjax.calibrate.statistics import statistics
 from qjax.errors import QjaxError
-from qjax.formats.atomic import check_writable
+from qjax.formats.atomic import check_writable, remove_leftovers
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.imatrix import Importances, merge, read_imatrix, write_imatrix
 from qjax.formats.locate import locate
@@ -17,8 +18,6 @@ from qjax.models.chunks import begun, chunks_of
 from qjax.runs.console import show_table
 from qjax.runs.texts import open_model, read_text
 
-# Seconds between two states on the disk.
-SAVE_EVERY = 30.0
 # Bytes of a model file that are looked at to tell it from another: its header, or most of it.
 _HEADER = 1 << 20
 _STAMP = "qjax.calibration."
@@ -36,7 +35,7 @@ def calibrate(
     output: bool = False,
     batch: int = 1,
     fresh: bool = False,
-    save_every: float = SAVE_EVERY,
+    save_every: float = 30.0,
     progress: Progress = lambda done, total, rate: None,
 ) -> dict[str, Any]:
     """Write the importances of a model on a text, whole or not at all.
@@ -62,22 +61,26 @@ def calibrate(
         check_writable(path)
         if any(Path(path).exists() and Path(path).samefile(read) for read in (source, data) if Path(read).exists()):
             raise QjaxError(f"{path}: is read by this run: name another file by -o")
+        remove_leftovers(path)
     text = read_text(data)
     stamp = _stamp(source, text, {"ctx": ctx, "chunks": chunks, "output": output, "batch": batch})
     before = _resumed(partial, stamp) if partial.exists() and not fresh else nothing(ctx, (str(data),))
-    model = open_model(name)
+    model = open_model(str(source))
     bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
     cut = begun(chunks_of(model.config, model.encode(text), n_ctx=ctx, bos_id=bos, chunks=chunks), bos)
+    if fresh:
+        partial.unlink(missing_ok=True)
     found, start = before, time.monotonic()
-    saved = start
-    progress(found.chunks, len(cut), 0.0)
-    for found in accumulate(model.params, model.config, cut, before, output=output, batch=batch):
+    saved, seconds, rate = start, 0.0, 0.0
+    progress(found.chunks, len(cut), rate)
+    for found in _states(model, cut, before, output=output, batch=batch):
         now = time.monotonic()
-        progress(found.chunks, len(cut), (found.chunks - before.chunks) * ctx / (now - start))
+        seconds = now - start
+        rate = (found.chunks - before.chunks) * ctx / max(seconds, 1e-9)
+        progress(found.chunks, len(cut), rate)
         if now - saved >= save_every:
             write_imatrix(partial, found, exact=True, metadata=stamp)
             saved = now
-    seconds = time.monotonic() - start
     write_imatrix(target, found)
     partial.unlink(missing_ok=True)
     return {
@@ -85,8 +88,16 @@ def calibrate(
         "tokens": cut.size,
         "resumed_chunks": before.chunks,
         "seconds": seconds,
-        "tokens_per_second": (len(cut) - before.chunks) * ctx / seconds,
+        "tokens_per_second": rate,
     }
+
+
+def _states(model: Model, *args: Any, **options: Any) -> Iterator[Importances]:
+    """`accumulate`, with the model named in its errors."""
+    try:
+        yield from accumulate(model.params, model.config, *args, **options)
+    except QjaxError as error:
+        raise type(error)(f"{model.source}: {error}") from error
 
 
 def merge_files(paths: Sequence[str], target: str | Path, *, ctx: int) -> dict[str, Any]:

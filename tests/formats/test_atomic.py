@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.formats.atomic import atomic_file
+from qjax.formats.atomic import atomic_file, check_writable, remove_leftovers
 
 
 @pytest.fixture
@@ -132,3 +132,19 @@ def test_errors_of_the_flush_are_seen(target, monkeypatch):
     with pytest.raises(QjaxError, match="No space left"):
         open_and_leave(target)
     assert not list(target.parent.iterdir())
+
+
+def test_leftovers_of_this_file_alone_are_removed(target):
+    mine, others = ".file.bin.0123456789abcdef.tmp", (".file.bin.tmp", ".other.bin.0123456789abcdef.tmp", "file.bin")
+    for name in (mine, *others):
+        (target.parent / name).write_bytes(b"half")
+    remove_leftovers(target)
+    assert {p.name for p in target.parent.iterdir()} == set(others)
+
+
+def test_what_cannot_be_written_is_said_before(target):
+    check_writable(target)
+    assert list(target.parent.iterdir()) == []
+    for path in (target.parent, target / "file.bin", "bad\0name"):
+        with pytest.raises(QjaxError, match="cannot be written"):
+            check_writable(path)
