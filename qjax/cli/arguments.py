@@ -53,7 +53,9 @@ def byte_count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-MODEL_HELP = "a .gguf file, a folder with one or with a Hugging Face model, 'embedded', or a Hub id owner/name[:file]"
+MODEL_HELP = (
+    "a .gguf file, a folder with one or with a Hugging Face model, 'embedded', or a Hub id owner/name[@revision][:file]"
+)
 FASTEST = "of x in each product; default: int8 on a CPU with native kernels, else float"
 
 

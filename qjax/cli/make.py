@@ -86,14 +86,17 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
     from qjax.formats.gguf import open_gguf
+    from qjax.formats.locate import locate
     from qjax.runs.console import console, emit_json, progress_bar, say_resumed
 
     if (args.target is None) == (args.output is None):
         raise QjaxError("give the file to write by -o FILE, or after the model, once")
     target = args.target or args.output
+    # Before the bar, since a download has bars of its own.
+    source = locate(args.model)
     with progress_bar(f"writing {target}") as advance:
         path = convert(
-            args.model,
+            source,
             target,
             quantize=args.type,
             split_max_bytes=args.split_max_size,
@@ -144,14 +147,16 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _by_mix(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
+    from qjax.formats.locate import locate
     from qjax.runs.console import progress_bar
     from qjax.runs.quantize import dry_run, quantize_file
 
     if args.dry_run:
         return dry_run(args.model, wish, requantize=args.allow_requantize)
+    source = locate(args.model)
     with progress_bar(f"writing {args.output}") as advance:
         return quantize_file(
-            args.model,
+            source,
             args.output,
             wish,
             imatrix=args.imatrix,

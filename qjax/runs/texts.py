@@ -35,8 +35,10 @@ def read_text(path: str | Path) -> str:
 
 def open_model(name: str, **options: Any) -> api.Model:
     """`api.load` with a progress bar."""
+    # Before the bar, since a download has bars of its own.
+    path = locate(name)
     with progress_bar(f"loading {name}") as advance:
-        return api.load(name, progress=lambda _: advance(), **options)
+        return api.load(path, progress=lambda _: advance(), **options)
 
 
 def generate(model: api.Model, prompt: str, *, as_json: bool, echo: bool, **options: Any) -> dict[str, Any]:
