@@ -4,8 +4,8 @@
 
 Needs torch, transformers, sentencepiece and the sources of llama.cpp; downloads nothing. Of each variant there is the
 folder itself and, in converted.json, the SHA-256 of the whole GGUF file that convert_hf_to_gguf.py writes for it in the
-checkpoint's own dtype; of RUN, NAME.npz has some token ids and transformers' logits of the last KEPT in float32. The converter
-knows a BPE pre-tokenizer by the ids of known vocabularies, which these are not: its name is told to it.
+checkpoint's own dtype; of RUN, NAME.npz has some token ids and transformers' logits of the last KEPT in float32. The
+converter knows a BPE pre-tokenizer by the ids of known vocabularies, which these are not: its name is told to it.
 """
 
 import argparse
