@@ -24,6 +24,11 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--process-output", action="store_true", help="of the output matrix too (token_embd.weight if tied)"
     )
+    sub.add_argument(
+        "--fisher",
+        action="store_true",
+        help="by gradients of what the model predicts: what a byte budget needs, and better importances too",
+    )
     sub.add_argument("--fresh", action="store_true", help="start anew, whatever FILE.partial holds")
     sub.add_argument(
         "--save-every", type=number, default=30.0, metavar="SECONDS", help="write FILE.partial this often; default: 30"
@@ -61,6 +66,7 @@ def _calibrate(args: argparse.Namespace) -> None:
                 chunks=args.chunks,
                 output=args.process_output,
                 batch=args.batch,
+                of_gradients=args.fisher,
                 fresh=args.fresh,
                 save_every=args.save_every,
                 progress=lambda done, total, rate: advance(done, total, f"{rate:.0f} tokens/s"),

@@ -9,6 +9,7 @@ import errno
 import glob
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -70,7 +71,10 @@ def remove_leftovers(path: str | Path) -> None:
     """Remove what processes left that were killed while they wrote this file; none may be writing it now."""
     target = Path(os.path.realpath(path))
     for entry in target.parent.glob(f"{glob.escape(_temporary_stem(target))}{'[0-9a-f]' * 16}.tmp"):
-        entry.unlink(missing_ok=True)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _temporary_stem(target: Path) -> str:

@@ -1,5 +1,6 @@
 """A model over a text to an importance matrix in a file; a run that was killed goes on where it was."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qjax.api import Model
+from qjax.calibrate import fisher
 from qjax.calibrate.importance import accumulate, nothing
 from qjax.calibrate.statistics import statistics
 from qjax.errors import QjaxError
@@ -34,6 +36,7 @@ def calibrate(
     chunks: int | None = None,
     output: bool = False,
     batch: int = 1,
+    of_gradients: bool = False,
     fresh: bool = False,
     save_every: float = 30.0,
     progress: Progress = lambda done, total, rate: None,
@@ -48,6 +51,7 @@ def calibrate(
       data: a UTF-8 text file.
       ctx: tokens of a chunk. chunks: only this many. batch: how many are run at once.
       output: of the output matrix too.
+      of_gradients: Fisher information in place of the inputs' mean squares, of all matrices and a chunk at a time.
       fresh: forget an unfinished run.
       save_every: seconds between two states on the disk.
       progress: called as (chunks done, chunks, tokens a second).
@@ -63,7 +67,9 @@ def calibrate(
             raise QjaxError(f"{path}: is read by this run: name another file by -o")
         remove_leftovers(path)
     text = read_text(data)
-    stamp = _stamp(source, text, {"ctx": ctx, "chunks": chunks, "output": output, "batch": batch})
+    stamp = _stamp(
+        source, text, {"ctx": ctx, "chunks": chunks, "output": output, "batch": batch, "gradients": of_gradients}
+    )
     before = _resumed(partial, stamp) if partial.exists() and not fresh else nothing(ctx, (str(data),))
     model = open_model(str(source))
     bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
@@ -73,7 +79,8 @@ def calibrate(
     found, start = before, time.monotonic()
     saved, seconds, rate = start, 0.0, 0.0
     progress(found.chunks, len(cut), rate)
-    for found in _states(model, cut, before, output=output, batch=batch):
+    count = fisher.accumulate if of_gradients else functools.partial(accumulate, output=output, batch=batch)
+    for found in _states(model, count(model.params, model.config, cut, before)):
         now = time.monotonic()
         seconds = now - start
         rate = (found.chunks - before.chunks) * ctx / max(seconds, 1e-9)
@@ -92,10 +99,10 @@ def calibrate(
     }
 
 
-def _states(model: Model, *args: Any, **options: Any) -> Iterator[Importances]:
-    """`accumulate`, with the model named in its errors."""
+def _states(model: Model, states: Iterator[Importances]) -> Iterator[Importances]:
+    """What was found so far, again and again, with the model named in errors."""
     try:
-        yield from accumulate(model.params, model.config, *args, **options)
+        yield from states
     except QjaxError as error:
         raise type(error)(f"{model.source}: {error}") from error
 

@@ -138,6 +138,7 @@ def test_leftovers_of_this_file_alone_are_removed(target):
     mine, others = ".file.bin.0123456789abcdef.tmp", (".file.bin.tmp", ".other.bin.0123456789abcdef.tmp", "file.bin")
     for name in (mine, *others):
         (target.parent / name).write_bytes(b"half")
+    (target.parent / f"{mine[:-5]}0.tmp").mkdir()
     remove_leftovers(target)
     assert {p.name for p in target.parent.iterdir()} == set(others)
 

@@ -190,3 +190,28 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert error.count("\n") == 1
     assert bare.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"short.txt", "binary.txt", "bare.gguf", "damaged.gguf"}
+
+
+def test_of_gradients(tmp_path: Path) -> None:
+    """Fisher information, of all matrices, with a run that goes on; two texts' are added up, of another kind not."""
+    path, again, merged = (tmp_path / name for name in ("f.gguf", "again.gguf", "m.gguf"))
+    options = {"ctx": 64, "chunks": 2, "of_gradients": True}
+    found = calibrate("embedded", TEXT, path, **options)
+    matrices = {name for name, info in open_gguf(qjax.load("embedded").source).tensors.items() if len(info.shape) == 2}
+    assert read_imatrix(path).row_sums.keys() == matrices
+    assert found["entries"] == len(matrices)
+
+    def stop(done: int, total: int, rate: float) -> None:
+        if done == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrate("embedded", TEXT, again, **options, save_every=0.0, progress=stop)
+    assert calibrate("embedded", TEXT, again, **options)["resumed_chunks"] == 1
+    assert again.read_bytes() == path.read_bytes()
+    merge_files([str(path), str(again)], merged, ctx=64)
+    for name, rows in read_imatrix(path).row_sums.items():
+        np.testing.assert_allclose(read_imatrix(merged).row_sums[name], 2 * rows, rtol=1e-6)
+    calibrate("embedded", TEXT, again, ctx=64, chunks=1)
+    with pytest.raises(QjaxError, match="not of one kind"):
+        merge_files([str(path), str(again)], merged, ctx=64)

@@ -144,8 +144,11 @@ def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
       chunk_size: tokens of a chunk, of files that do not say it (.dat) and of the result.
 
     Raises:
-      FormatError: two have a weight of this name with other columns.
+      FormatError: two have a weight of this name with other columns, or some have row_sums and others none.
     """
+    if any(part.row_sums for part in parts) and not all(part.row_sums for part in parts):
+        raise FormatError("importances of gradients and of inputs are not of one kind: merge those of one")
+    rows: dict[str, np.ndarray] = {}
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
     for part in parts:
@@ -160,9 +163,11 @@ def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
                 )
             sums[name] = sums[name] + more if name in sums else more
             counts[name] = counts[name] + count if name in counts else count
+        for name, values in part.row_sums.items():
+            rows[name] = rows.get(name, 0.0) + values.astype(np.float64)
     most = max((int(count.max()) for count in counts.values()), default=0)
     datasets = tuple(dataset for part in parts for dataset in part.datasets)
-    return Importances(sums, counts, most // chunk_size, chunk_size, datasets)
+    return Importances(sums, counts, most // chunk_size, chunk_size, datasets, rows)
 
 
 def _from_gguf(file: GGUFFile) -> Importances:
