@@ -16,9 +16,9 @@ from qjax.arrays import QuantizedArray
 from qjax.errors import FormatError, QjaxError, QjaxWarning
 from qjax.evaluate.shapes import Shape, llama, metadata
 from qjax.evaluate.synthetic import save_synthetic, synthetic_blocks
-from qjax.formats.gguf import open_gguf
+from qjax.formats.gguf import open_gguf, to_blocks
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
-from qjax.models.load import expected_shapes
+from qjax.models.load import expected_shapes, read_array
 from qjax.models.rewrite import PLAIN_TYPES
 
 SHAPE = Shape("tiny", llama(layers=1, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=320, context=128))
@@ -92,6 +92,10 @@ def test_files_of_llama_cpp_come_back_whole(interop: Path, tmp_path: Path) -> No
             n: (i.type, i.shape) for n, i in after.tensors.items()
         }
         assert dict(before.metadata_types) == dict(after.metadata_types)
+        for name in before.tensors:
+            # By way of packed arrays, which `save` goes.
+            packed = read_array(before, name, apply_scale=False)
+            assert to_blocks(packed).tobytes() == before.raw(name).tobytes(), f"{path.name}: {name}"
 
 
 # The encoders of all types have their own tests.

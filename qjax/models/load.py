@@ -198,7 +198,12 @@ def load_gguf(
     def get(name: str) -> Any:
         array = read_array(file, name)
         if make is not None and not isinstance(array, QuantizedArray) and array.ndim == 2:
-            array = make(name, jax.device_put(array).astype(np.float32))
+            floats = np.asarray(array, np.float32)
+            # What the file holds of it is not needed beside its floats, nor these beside what is made of them.
+            del array
+            file.release(name)
+            array = make(name, floats)
+            del floats
         elif make is not None and isinstance(array, QuantizedArray):
             warn_kept(name, file.tensors[name].type)
         # Of an embedding only rows are looked up, unless it is the output's matrix too.

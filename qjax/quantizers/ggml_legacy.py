@@ -296,7 +296,8 @@ def encode(type: str, w: Float32[Array | np.ndarray, "*rows n"]) -> UInt8[Array,
 
 def check_finite(name: str, w: Float[Array | np.ndarray, "*s"]) -> None:
     """QjaxError naming the tensor, how many of its numbers are NaN or infinite, and where the first one is."""
-    bad = ~np.asarray(jnp.isfinite(w))
+    # Where it lies: to JAX, numpy's array would be copied first.
+    bad = ~(np.isfinite(w) if isinstance(w, np.ndarray) else np.asarray(jnp.isfinite(w)))
     if bad.any():
         first = [int(i) for i in np.unravel_index(np.argmax(bad), bad.shape)]
         raise QjaxError(
