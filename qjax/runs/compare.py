@@ -12,9 +12,9 @@ from qjax.errors import QjaxError
 from qjax.evaluate.compare import Candidate, Comparison, Row, compare
 from qjax.evaluate.plots import plot_comparison, without_common_start
 from qjax.formats.atomic import atomic_file
-from qjax.formats.gguf import GGUFFile, open_gguf
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.locate import locate
+from qjax.formats.source import Source, open_source
 from qjax.kernels import Activations
 from qjax.runs.console import console, emit, megabytes, progress_bar, show_table
 
@@ -52,7 +52,7 @@ def compare_files(
         raise QjaxError(f"{against} is not one of the models: {', '.join(models)}")
     base_path = None if base is None else locate(base).resolve()
     # Headers are read before hours of work, so that a file that cannot be opened is known at once.
-    files = {path: open_gguf(path) for path in [*paths, *([] if base_path is None else [base_path])]}
+    files = {path: open_source(path) for path in [*paths, *([] if base_path is None else [base_path])]}
     if base_path is None and kl_base is None:
         base_path = _first_float(files)
     names = _names(files)
@@ -102,12 +102,12 @@ class _Bar:
         self._advance(self._done, self._models * self._each or None, note)
 
 
-def _candidate(name: str, file: GGUFFile, bar: _Bar) -> Candidate:
+def _candidate(name: str, file: Source, bar: _Bar) -> Candidate:
     load = functools.partial(api.load, file.path, progress=functools.partial(bar.loading, name))
-    return Candidate(name, load, sum(shard.stat().st_size for shard in file.shards))
+    return Candidate(name, load, sum(part.stat().st_size for part in file.files))
 
 
-def _first_float(files: Mapping[Path, GGUFFile]) -> Path:
+def _first_float(files: Mapping[Path, Source]) -> Path:
     for path, file in files.items():
         if all(info.type in FLOAT_TYPES for info in file.tensors.values()):
             return path
