@@ -64,6 +64,7 @@ def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
     from qjax.formats.gguf import open_gguf
     from qjax.formats.locate import locate
+    from qjax.kernels.native import return_when_freed
     from qjax.runs.console import console, emit_json, progress_bar, say_resumed
 
     if (args.target is None) == (args.output is None):
@@ -71,6 +72,7 @@ def _convert(args: argparse.Namespace) -> None:
     target = args.target or args.output
     # Before the bar, since a download has bars of its own.
     source = locate(args.model)
+    return_when_freed()
     with progress_bar(f"writing {target}") as advance:
         path = convert(
             source,
@@ -92,6 +94,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     from qjax.formats.gguf.plan import Wish, override
     from qjax.formats.locate import locate
+    from qjax.kernels.native import return_when_freed
     from qjax.runs.console import console, emit_json, megabytes, progress_bar
     from qjax.runs.quantize import facts, plan_file, quantize_file, show
 
@@ -113,6 +116,7 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.output is None:
         raise QjaxError("give the file to write by -o FILE, or ask with --dry-run what it would hold")
     source = locate(args.model)
+    return_when_freed()
     with progress_bar(f"writing {args.output}") as advance:
         result = quantize_file(
             source,
