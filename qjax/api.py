@@ -176,7 +176,7 @@ def load(
 
     Args:
       model: a GGUF file (any shard of a split one), a folder with one or with a Hugging Face model, "embedded" for the
-        small model that comes with qjax, or a Hub id "owner/name" or "owner/name:file".
+        small model that comes with qjax, or a Hub id "owner/name[@revision][:file]".
       quantize: a plain type ("q4_0") for every float matrix, one of llama.cpp's mixes ("q4_k_m"), or a function
         `make(name, float32 [out, in])`; applied while loading: the whole float model is never in memory.
       imatrix: an importance matrix of llama-imatrix, for a mix.

@@ -87,6 +87,7 @@ def _convert(args: argparse.Namespace) -> None:
     from qjax.api import convert
     from qjax.formats.gguf import open_gguf
     from qjax.formats.locate import locate
+    from qjax.kernels.native import return_when_freed
     from qjax.runs.console import console, emit_json, progress_bar, say_resumed
 
     if (args.target is None) == (args.output is None):
@@ -94,6 +95,7 @@ def _convert(args: argparse.Namespace) -> None:
     target = args.target or args.output
     # Before the bar, since a download has bars of its own.
     source = locate(args.model)
+    return_when_freed()
     with progress_bar(f"writing {target}") as advance:
         path = convert(
             source,
@@ -148,12 +150,14 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _by_mix(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
     from qjax.formats.locate import locate
+    from qjax.kernels.native import return_when_freed
     from qjax.runs.console import progress_bar
     from qjax.runs.quantize import dry_run, quantize_file
 
     if args.dry_run:
         return dry_run(args.model, wish, requantize=args.allow_requantize)
     source = locate(args.model)
+    return_when_freed()
     with progress_bar(f"writing {args.output}") as advance:
         return quantize_file(
             source,

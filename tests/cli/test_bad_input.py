@@ -193,6 +193,7 @@ WRONG_CALLS: list[tuple[list[str], str]] = [
     (["convert", "MODEL", "FOLDER"], "directory"),
     (["convert", "MODEL", "FOLDER/missing/x.gguf"], "missing"),
     (["convert", "MODEL", "x.gguf", "--type", "q9_9"], "known are f32, f16"),
+    (["convert", "MODEL", "x.gguf", "--split-max-size", "2X"], "expected a size such as 3.5GiB or 500M, got '2X'"),
     (["convert", "MODEL"], "by -o FILE"),
     (["convert", "MODEL", "x.gguf", "-o", "y.gguf"], "once"),
     (["bench"], "one of them"),

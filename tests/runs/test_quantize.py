@@ -1,6 +1,7 @@
 """`qjax quantize`: a float file to mixes, with and without importance, and what it refuses."""
 
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import qjax
 from qjax.cli import main
 from qjax.errors import QjaxError, QjaxWarning
+from qjax.evaluate.shapes import Shape, llama
+from qjax.evaluate.synthetic import save_synthetic
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
@@ -293,3 +296,42 @@ def test_the_config_in_the_repository(tmp_path: Path, capsys: pytest.CaptureFixt
     config.write_text("{kind: quantize, source: f.gguf, output: o.gguf, type: q4_0, tensor_types: ffn=q8_0}")
     with pytest.raises(QjaxError, match="tensor_types: expected a list of str"):
         run(config)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from qjax.cli import main
+assert main(sys.argv[1:]) == 0
+[peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+@pytest.mark.parametrize("kind", ["q4_k_m", "q8_0"])
+def test_a_model_of_half_a_gigabyte_takes_the_memory_of_two_tensors(tmp_path: Path, kind: str) -> None:
+    """Beside what a small model of the same code takes, which is JAX and compiled programs."""
+
+    def peak(source: str | Path) -> int:
+        argv = [
+            sys.executable,
+            "-c",
+            MEASURED,
+            "quantize",
+            str(source),
+            "-o",
+            str(tmp_path / "out.gguf"),
+            "--type",
+            kind,
+        ]
+        # One device, as a user has.
+        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        done = subprocess.run(argv, env=env, check=True, capture_output=True, text=True)
+        return 1024 * int(done.stdout.split()[-1])
+
+    config = llama(layers=6, hidden=2048, heads=32, kv_heads=4, ffn=5632, vocab=4096, context=64)
+    assert save_synthetic(tmp_path / "f16.gguf", Shape("half", config), "f16") > 500e6
+    beside = peak(tmp_path / "f16.gguf") - peak("embedded")
+    assert beside < 2 * 4 * config.ffn * config.hidden, f"{beside / 1e6:.0f} MB"

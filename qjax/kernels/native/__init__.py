@@ -13,4 +13,5 @@ from qjax.kernels.native.matmul import matmul_native as matmul_native
 from qjax.kernels.native.matmul import matmuls_native as matmuls_native
 from qjax.kernels.native.matmul import serves as serves
 from qjax.kernels.native.memory import empty as empty
+from qjax.kernels.native.memory import return_when_freed as return_when_freed
 from qjax.kernels.native.repack import repack as repack

@@ -1,6 +1,7 @@
 """Memory for weights that kernels stream from end to end, in large pages where the system has them."""
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from typing import Any
@@ -25,6 +26,17 @@ def _large_pages(nbytes: int) -> np.ndarray:
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
+
+
+def return_when_freed() -> None:
+    """From now on, memory of a MiB or more goes back to the system as soon as it is freed.
+
+    glibc keeps it otherwise, for each thread its own, and in pieces that the next array does not fit in. For a process
+    that makes a file: one that runs a model gains by what is kept.
+    """
+    m_mmap_threshold = -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
