@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.arrays import QuantizedArray, memory
 from qjax.evaluate import perplexity
+from qjax.evaluate.compare import Candidate, compare
 from qjax.formats.gguf import open_gguf
 from qjax.generate import Greedy, generate_ids
 from qjax.models import ModelConfig, forward, init_cache, load_gguf
@@ -106,6 +108,21 @@ class TestFile:
         print(f"{kind}: {result.perplexity:.4f}, llama.cpp {expected['perplexity']:.4f}, {100 * off:+.4f} %")
         assert abs(off) < PERPLEXITY_TOLERANCE[kind]
         assert result.stderr == pytest.approx(expected["stderr"], rel=0.01)
+
+
+def test_divergences_are_llama_cpp_s(interop: Path) -> None:
+    """With its activations, which are most of what q8_0 loses; over the whole text."""
+    expected = json.loads((interop / "expected.json").read_text(encoding="utf-8"))["gguf"]
+    names = [f"tiny-{kind}.gguf" for kind in ("q8_0", "q4_K_M", "q2_K")]
+    base, *models = (
+        Candidate(name, functools.partial(qjax.load, interop / name)) for name in ("tiny-f16.gguf", *names)
+    )
+    text = (interop / "heldout.txt").read_text(encoding="utf-8")
+    found = {row.name: row.found for row in compare(models, text, base=base, activations="int8").rows}
+    for name in names:
+        print(f"{name}: {found[name].mean_kld:.6f}, llama.cpp {expected[name]['mean_kld']:.6f}")
+        assert found[name].mean_kld == pytest.approx(expected[name]["mean_kld"], rel=0.05)
+        assert 100 * found[name].same_top == pytest.approx(expected[name]["same_top_percent"], abs=0.3)
 
 
 def test_logits_and_greedy_text_equal_transformers(interop: Path) -> None:
