@@ -16,7 +16,7 @@ def _train(path: Path, resume: bool) -> Path:
 
 
 def _quantize(path: Path, _: bool) -> Path:
-    from qjax.runs.quantize import quantize_from_config
+    from qjax.runs.quantize_config import quantize_from_config
 
     return quantize_from_config(path)
 

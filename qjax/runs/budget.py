@@ -150,7 +150,7 @@ def _mix_like(kind: str) -> str:
 
 
 def quantize_within(
-    name: str,
+    name: str | Path,
     target: str | Path | None,
     wish: Wish,
     budget: Budget,
@@ -175,9 +175,9 @@ def quantize_within(
     if given is not None and given.row_sums:
         known = given
         if budget.data is not None:
-            chunks = chunks_for(open_model(name), budget)
+            chunks = chunks_for(open_model(str(name)), budget)
     else:
-        model = open_model(name)
+        model = open_model(str(name))
         chunks = chunks_for(model, budget)
         known = look(model, chunks, budget.data or OWN_TEXT)
         del model
@@ -199,7 +199,7 @@ def quantize_within(
     return result
 
 
-def measured(base: str, made: str, chunks: Int32[np.ndarray, "chunks n_ctx"]) -> Divergence:
+def measured(base: str | Path, made: str, chunks: Int32[np.ndarray, "chunks n_ctx"]) -> Divergence:
     """Of a file to the model that it was made of; one of them is in memory at a time."""
     with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", total=2 * len(chunks)) as advance:
         path = Path(folder) / "base.kld"

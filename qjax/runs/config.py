@@ -104,14 +104,20 @@ class QuantizeConfig:
     """A quantized GGUF file from a float one, as `qjax quantize` makes it.
 
     `output`, `imatrix`, and where they are files `source` and `type` (a mix), are relative to the config file.
-    `tensor_types`: texts REGEX=TYPE.
+    `tensor_types`: texts REGEX=TYPE. `target_bpw`, `target_size` ("3.5GiB"): a budget instead of a mix, with `data` a
+    text to look at the model on (None: text that it writes), `chunks` of it, `types` to choose from (none: all).
     """
 
     kind: str
     source: str
     output: str
-    type: str
+    type: str | None = None
     imatrix: str | None = None
+    target_bpw: float | None = None
+    target_size: str | None = None
+    data: str | None = None
+    chunks: int = 8
+    types: tuple[str, ...] = ()
     pure: bool = False
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qjax.errors import QjaxWarning, UnsupportedError
-from qjax.formats.gguf.plan import Wish, overrides
+from qjax.formats.gguf.plan import Wish
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
-from qjax.formats.yaml_file import YAML_ENDINGS
 from qjax.models.rewrite import Output, Planned, check_encoders, convert_to_mix, plan_mix
-from qjax.runs.config import QuantizeConfig, load_config
-from qjax.runs.console import emit, megabytes, progress_bar, say_resumed, show_table
+from qjax.runs.console import emit, megabytes, say_resumed, show_table
 
 
 def plan_file(source: str | Path, wish: Wish, *, requantize: bool = False) -> tuple[Source, list[Planned]]:
@@ -72,36 +70,6 @@ def quantize_file(
         opened, target, wish, imatrix=imatrix, requantize=requantize, output=output, progress=progress
     )
     return {"path": str(files[0]), "files": [str(file) for file in files], "resumed": found, **facts(tensors)}
-
-
-def quantize_from_config(path: Path) -> Path:
-    """Does the run of a config file of kind "quantize"; returns the path of the file that it made.
-
-    Raises:
-      QjaxError: a mistake in the config, or see `quantize_file`.
-    """
-    config: QuantizeConfig = load_config(path)
-    base = path.parent
-    wish = Wish(
-        str(base / config.type) if config.type.lower().endswith(YAML_ENDINGS) else config.type,
-        pure=config.pure,
-        output_type=config.output_tensor_type,
-        embedding_type=config.token_embedding_type,
-        overrides=overrides(config.tensor_types),
-    )
-    source = base / config.source if (base / config.source).exists() else config.source
-    output = base / config.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar(f"writing {output}") as advance:
-        quantize_file(
-            source,
-            output,
-            wish,
-            imatrix=None if config.imatrix is None else base / config.imatrix,
-            requantize=config.allow_requantize,
-            progress=lambda name: advance(note=name),
-        )
-    return output
 
 
 def facts(tensors: list[Planned]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from qjax.errors import QjaxError
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.plan import Wish
+from qjax.runs import run
 from qjax.runs.budget import Budget, quantize_within
 from qjax.runs.quantize import quantize_file
 
@@ -122,3 +123,20 @@ def test_the_least_and_the_most(made: dict[str, Any]) -> None:
     for kinds in of.values():
         losses = [choice.loss for choice in kinds]
         assert losses == sorted(losses, reverse=True)
+
+
+def test_from_a_config(made: dict[str, Any], tmp_path: Path) -> None:
+    """`qjax run` makes what the command line does."""
+    config = tmp_path / "c.yaml"
+    (tmp_path / "i.gguf").write_bytes(Path(made["imatrix"]).read_bytes())
+    text = "{kind: quantize, source: embedded, output: o.gguf, imatrix: i.gguf, types: [Q3_K, q4_k, Q6_K], %s}"
+    config.write_text(text % "target_bpw: 4.6")
+    kinds = {name: info.type for name, info in open_gguf(run(config)).tensors.items()}
+    assert kinds == {t["name"]: t["to"] for t in made["tensors"]}
+    for more, said in (
+        ("pure: false", "give a type, or a budget"),
+        ("target_bpw: 4.6, target_size: 2MB", "two budgets"),
+    ):
+        config.write_text(text % more)
+        with pytest.raises(QjaxError, match=said):
+            run(config)
