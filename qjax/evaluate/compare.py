@@ -21,15 +21,15 @@ from qjax.arrays import Memory
 from qjax.errors import QjaxError
 from qjax.evaluate.bootstrap import paired_bootstrap
 from qjax.evaluate.divergence import (
-    PERCENTILES,
     Divergence,
+    Scores,
     check_text,
     read_base,
     save_base,
     score_against,
     statistics,
 )
-from qjax.evaluate.perplexity import Perplexity
+from qjax.evaluate.perplexity import check_finite
 from qjax.kernels import Activations
 from qjax.models import ModelConfig
 from qjax.models.chunks import chunks_of
@@ -140,33 +140,41 @@ def compare(
     if against is not None and against not in names:
         raise QjaxError(f"{against} is not among the models that are compared: {', '.join(names)}")
     options = _Options(n_ctx, chunks, activations, progress)
-    with _predictions(base, text, folder, options) as (path, first):
-        rest = [model for model in models if first is None or model.name != first.name]
-        rows = [*([] if first is None else [first]), *(_measured(model, text, path, options) for model in rest)]
+    with _predictions(base, text, folder, options) as found:
+        rest = [model for model in models if found.row is None or model.name != found.row.name]
+        rows = [
+            *([] if found.row is None else [found.row]),
+            *(_measured(model, text, found, options) for model in rest),
+        ]
     rows.sort(key=lambda row: (row.nbytes, row.found.mean_kld))
     others = [row for row in rows if not row.is_base]
     return Comparison(rows, pareto_front(others), _pairs(rows, others, against, resamples))
 
 
+class _Predictions(NamedTuple):
+    """A file with the base's predictions; and where the base was run for it, its row and exact losses."""
+
+    path: Path
+    row: Row | None = None
+    losses: Float64[np.ndarray, "chunks n"] | None = None
+
+
 @contextlib.contextmanager
-def _predictions(
-    base: Candidate | Path, text: str, folder: Path | None, options: _Options
-) -> Iterator[tuple[Path, Row | None]]:
-    """A file with the base's predictions, and what there is to say of the base if it had to be run for it."""
+def _predictions(base: Candidate | Path, text: str, folder: Path | None, options: _Options) -> Iterator[_Predictions]:
     if isinstance(base, Path):
-        yield base, None
+        yield _Predictions(base)
         return
     with tempfile.TemporaryDirectory(prefix=".qjax-", dir=folder) as made:
-        path = Path(made) / "base.kld"
-        yield path, _saved(base, text, path, options)
+        yield _saved(base, text, Path(made) / "base.kld", options)
 
 
-def _saved(base: Candidate, text: str, path: Path, options: _Options) -> Row:
+def _saved(base: Candidate, text: str, path: Path, options: _Options) -> _Predictions:
     model = base.open()
     bos = _bos(model)
     n_ctx = options.n_ctx or DEFAULT_CTX
     cut = chunks_of(model.config, model.encode(text), n_ctx=n_ctx, bos_id=bos, chunks=options.chunks)
-    found = save_base(
+    start = time.perf_counter()
+    losses = save_base(
         path,
         model.params,
         model.config,
@@ -175,18 +183,19 @@ def _saved(base: Candidate, text: str, path: Path, options: _Options) -> Row:
         activations=options.activations,
         progress=lambda *done: options.progress(base.name, *done),
     )
-    return _row(base, model, of_itself(found), np.zeros(len(cut)), is_base=True)
+    itself = Scores(losses, losses, np.zeros_like(losses), np.ones(losses.shape, np.bool_))
+    return _Predictions(path, _row(base, model, itself, time.perf_counter() - start, is_base=True), losses)
 
 
-def _measured(candidate: Candidate, text: str, path: Path, options: _Options) -> Row:
+def _measured(candidate: Candidate, text: str, predictions: _Predictions, options: _Options) -> Row:
     model = candidate.open()
     try:
-        base = read_base(path, model.config)
+        base = read_base(predictions.path, model.config)
         check_text(base, model.encode(text))
     except QjaxError as error:
         raise type(error)(f"{candidate.name} cannot be compared: {error}") from error
     if options.n_ctx not in (None, base.tokens.shape[1]):
-        raise QjaxError(f"{path}: has chunks of {base.tokens.shape[1]} tokens, not {options.n_ctx}")
+        raise QjaxError(f"{base.path}: has chunks of {base.tokens.shape[1]} tokens, not {options.n_ctx}")
     start = time.perf_counter()
     scores = score_against(
         model.params,
@@ -197,37 +206,22 @@ def _measured(candidate: Candidate, text: str, path: Path, options: _Options) ->
         activations=options.activations,
         progress=lambda *done: options.progress(candidate.name, *done),
     )
-    found = statistics(scores, time.perf_counter() - start)
-    return _row(candidate, model, found, scores.kld.mean(axis=1), is_base=False)
+    if predictions.losses is not None:
+        # Of what the base finds least likely the file knows a bound only.
+        scores = scores._replace(base_loss=predictions.losses)
+    return _row(candidate, model, scores, time.perf_counter() - start, is_base=False)
 
 
 def _bos(model: LanguageModel) -> int | None:
     return model.tokenizer.bos_id if model.tokenizer.add_bos else None
 
 
-def _row(candidate: Candidate, model: LanguageModel, found: Divergence, chunk_kld: np.ndarray, is_base: bool) -> Row:
-    if not (math.isfinite(found.perplexity.perplexity) and math.isfinite(found.mean_kld)):
-        raise QjaxError(f"{candidate.name}: the perplexity is no finite number: the file's weights are damaged")
+def _row(candidate: Candidate, model: LanguageModel, scores: Scores, seconds: float, is_base: bool) -> Row:
+    found = statistics(scores, seconds)
+    check_finite(candidate.name, found.perplexity.perplexity, found.mean_kld)
     size = model.memory
     nbytes = size.nbytes if candidate.nbytes is None else candidate.nbytes
-    return Row(candidate.name, nbytes, size.bits_per_weight, found, chunk_kld, is_base)
-
-
-def of_itself(perplexity: Perplexity) -> Divergence:
-    """Of a model to its own predictions."""
-    return Divergence(
-        perplexity=perplexity,
-        base_perplexity=perplexity.perplexity,
-        perplexity_ratio=1.0,
-        ratio_stderr=0.0,
-        mean_kld=0.0,
-        kld_stderr=0.0,
-        median_kld=0.0,
-        max_kld=0.0,
-        percentiles={f"{p:g}": 0.0 for p in PERCENTILES},
-        rms_dp=0.0,
-        same_top=1.0,
-    )
+    return Row(candidate.name, nbytes, size.bits_per_weight, found, scores.kld.mean(axis=1), is_base)
 
 
 def pareto_front(rows: Sequence[Row]) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, UInt16
 
 from qjax.errors import FormatError, QjaxError
-from qjax.evaluate.perplexity import Perplexity, exp, score, scored, scored_tokens, summarize
+from qjax.evaluate.perplexity import Perplexity, exp, scored, scored_tokens, summarize, token_losses
 from qjax.formats.atomic import atomic_file
 from qjax.kernels import Activations
 from qjax.models import ModelConfig
@@ -148,8 +148,11 @@ def save_base(
     bos_id: int | None,
     activations: Activations = "float",
     progress: Progress | None = None,
-) -> Perplexity:
+) -> Float64[np.ndarray, "chunks n"]:
     """Write a model's log-probabilities on `chunks` (`models.chunks.chunks_of`), whole or not at all.
+
+    Returns:
+      Its negative log-likelihood of each scored token in nats; the file holds none above 16 and a bit.
 
     Raises:
       QjaxError: the file cannot be written, or the disk has no room for it.
@@ -165,7 +168,9 @@ def save_base(
 
         file.write(_HEADER.pack(_MAGIC, chunks.shape[1], config.vocab, len(chunks)))
         file.write(chunks.astype("<i4").tobytes())
-        return score(params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write)
+        return token_losses(
+            params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write
+        )
 
 
 @jax.jit

@@ -66,6 +66,9 @@ def place(
         reach = Boxes(boxes.low - marker * point, boxes.high + marker * point)
         cost += _OVER_POINT * reach.hold(points).sum(axis=1) + _OVER_LINE * boxes.hold(drawn).any(axis=1)
         leaders = _along(points[i], tried)
+        others = points[(np.abs(points - points[i]) > marker * point).any(axis=-1)]
+        crossed = (np.abs(leaders[:, :, None] - others) < marker * point).all(axis=-1).any(axis=-1).any(axis=-1)
+        cost += _OVER_POINT / 4 * crossed
         for j in range(len(tried)):
             cost[j] += _OVER_POINT * placed.hold(leaders[j]).any()
         best = int(cost.argmin())
@@ -89,8 +92,8 @@ def _candidates(
     return at + direction * radius[:, None] * point + np.clip(1.5 * direction, -1, 1) * size / 2, preferred
 
 
-def _along(start: Float64[np.ndarray, "2"], ends: Float64[np.ndarray, "k 2"]) -> Float64[np.ndarray, "k 12 2"]:
-    share = np.linspace(0.08, 0.92, 12)[:, None]
+def _along(start: Float64[np.ndarray, "2"], ends: Float64[np.ndarray, "k 2"]) -> Float64[np.ndarray, "k 24 2"]:
+    share = np.linspace(0.08, 0.92, 24)[:, None]
     return start + share * (ends[:, None] - start)
 
 

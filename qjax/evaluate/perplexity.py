@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Float64, Int, Int32
 
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, forward
@@ -40,6 +40,12 @@ def negative_log_likelihood(logits: Float[Array, "n vocab"], targets: Int[Array,
 def exp(mean: float) -> float:
     """Perplexity of a mean NLL; infinity where no float is large enough."""
     return math.inf if mean > 709 else math.exp(mean)
+
+
+def check_finite(source: object, *figures: float) -> None:
+    """QjaxError naming the model's `source` if one of its figures is no finite number."""
+    if not all(map(math.isfinite, figures)):
+        raise QjaxError(f"{source}: the perplexity is no finite number: the file's weights are damaged")
 
 
 def summarize(losses: np.ndarray, chunks: int, seconds: float) -> Perplexity:
@@ -76,10 +82,12 @@ def perplexity(
       QjaxError: the text is shorter than one chunk, n_ctx is odd or out of range, or an id is not in the vocabulary.
     """
     cut = chunks_of(config, ids, n_ctx=n_ctx, bos_id=bos_id, chunks=chunks)
-    return score(params, config, cut, bos_id=bos_id, activations=activations, progress=progress)
+    start = time.perf_counter()
+    losses = token_losses(params, config, cut, bos_id=bos_id, activations=activations, progress=progress)
+    return summarize(losses, len(cut), time.perf_counter() - start)
 
 
-def score(
+def token_losses(
     params: dict[str, Any],
     config: ModelConfig,
     chunks: Int32[np.ndarray, "chunks n_ctx"],
@@ -88,18 +96,17 @@ def score(
     activations: Activations,
     progress: Callable[[int, int, float], None] | None,
     each: Callable[[Float[Array, "n vocab"]], None] = lambda logits: None,
-) -> Perplexity:
-    """`perplexity` of chunks that are cut already; `each` is given every chunk's logits."""
+) -> Float64[np.ndarray, "chunks n"]:
+    """NLL of each scored token of chunks that are cut already; `each` is given every chunk's logits."""
     losses = np.empty((len(chunks), scored_tokens(chunks.shape[1])), np.float64)
     total = 0.0
-    start = time.perf_counter()
     for i, (logits, targets) in enumerate(scored(params, config, chunks, bos_id=bos_id, activations=activations)):
         each(logits)
         losses[i] = negative_log_likelihood(logits, targets)
         total += float(losses[i].mean())
         if progress is not None:
             progress(i + 1, len(chunks), exp(total / (i + 1)))
-    return summarize(losses, len(chunks), time.perf_counter() - start)
+    return losses
 
 
 def scored_tokens(n_ctx: int) -> int:

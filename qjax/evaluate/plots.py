@@ -80,7 +80,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path, *, base_perplexity: 
     ppl = np.array([row["perplexity"] for row in shown], np.float64)
     beyond = _far_above(ppl, base_perplexity)
     named = [f"{name} ({value:.4g})" if far else name for name, value, far in zip(names, ppl, beyond, strict=True)]
-    low, high = np.array([ppl[~beyond].min(initial=base_perplexity), ppl[~beyond].max(initial=base_perplexity)])
+    within = np.append(ppl[~beyond], base_perplexity)
+    low, high = within.min(), within.max()
     room = 0.05 * max(high - low, 1e-3 * base_perplexity)
     ppl = np.where(beyond, high + room, ppl)
 

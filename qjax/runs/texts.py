@@ -1,6 +1,5 @@
 """The commands on text: generate, chat, tokenize, perplexity."""
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from qjax import api
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
 from qjax.evaluate.divergence import check_text, divergence, read_base, save_base
-from qjax.evaluate.perplexity import Perplexity
+from qjax.evaluate.perplexity import Perplexity, check_finite, summarize
 from qjax.formats.locate import locate
 from qjax.formats.source import open_source
 from qjax.models.chunks import chunks_of
@@ -156,8 +155,7 @@ def measure_perplexity(
 
 
 def _finite(model: api.Model, result: Perplexity) -> dict[str, Any]:
-    if not math.isfinite(result.perplexity):
-        raise QjaxError(f"{model.source}: the perplexity is no finite number: the file's weights are damaged")
+    check_finite(model.source, result.perplexity)
     return result._asdict()
 
 
@@ -177,7 +175,9 @@ def _against_base(
         options: dict[str, Any] = {"bos_id": bos, "activations": activations, "progress": show}
         if save:
             cut = chunks_of(model.config, ids, n_ctx=ctx, bos_id=bos, chunks=chunks)
-            return _finite(model, save_base(path, model.params, model.config, cut, **options))
+            start = time.perf_counter()
+            losses = save_base(path, model.params, model.config, cut, **options)
+            return _finite(model, summarize(losses, len(cut), time.perf_counter() - start))
         base = read_base(path, model.config)
         check_text(base, ids)
         found = divergence(model.params, model.config, base, chunks=chunks, **options)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import qjax
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
-from qjax.evaluate.perplexity import negative_log_likelihood, summarize
+from qjax.evaluate.perplexity import check_finite, negative_log_likelihood, summarize
 from qjax.evaluate.shapes import llama
 from qjax.evaluate.synthetic import synthetic_params
 from qjax.models import forward
@@ -173,6 +173,15 @@ def test_one_loss_has_no_error() -> None:
     found = summarize(np.array([math.log(5.0)]), 1, 0.0)
     assert found.perplexity == pytest.approx(5.0)
     assert math.isnan(found.stderr)
+
+
+def test_what_no_float_holds_is_infinite_and_refused() -> None:
+    found = summarize(np.array([800.0, 900.0]), 1, 0.0)
+    assert found.perplexity == math.inf
+    for figures in ((found.perplexity,), (1.0, math.nan)):
+        with pytest.raises(QjaxError, match=r"m\.gguf: the perplexity is no finite number"):
+            check_finite("m.gguf", *figures)
+    check_finite("m.gguf", 1.0, 2.0)
 
 
 def test_loss_is_minus_the_log_of_softmax() -> None:
