@@ -27,6 +27,12 @@ def add(commands: Commands) -> None:
     sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
     sub.add_argument("--type", required=True, help="a mix such as q4_k_m, q3_k_s, q6_k or q8_0")
     sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
+    sub.add_argument(
+        "--effort",
+        choices=["normal", "high"],
+        default="normal",
+        help="normal: llama.cpp's blocks; high: blocks with less error, for several times the time; default: normal",
+    )
     sub.add_argument("--pure", action="store_true", help="the mix's main type for every matrix")
     sub.add_argument("--output-tensor-type", metavar="TYPE", help="type of output.weight")
     sub.add_argument("--token-embedding-type", metavar="TYPE", help="type of token_embd.weight")
@@ -83,6 +89,7 @@ def _quantize(args: argparse.Namespace) -> None:
             wish,
             imatrix=args.imatrix,
             requantize=args.allow_requantize,
+            effort=args.effort,
             progress=lambda name: advance(note=name),
         )
     if args.json:

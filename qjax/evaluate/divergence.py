@@ -134,7 +134,7 @@ def save_base(
         return score(params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write)
 
 
-class _Compared(NamedTuple):
+class Compared(NamedTuple):
     """Of each scored token: both negative log-likelihoods, the divergence, and whether the likeliest token is one."""
 
     loss: Any
@@ -146,13 +146,39 @@ class _Compared(NamedTuple):
 @jax.jit
 def _compare(
     logits: Float[Array, "n vocab"], targets: Int[Array, " n"], head: Float32[Array, "n 2"], steps: UInt16[Array, "n v"]
-) -> _Compared:
+) -> Compared:
     own = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     base = head[:, :1] * steps.astype(jnp.float32) + head[:, 1:]
     terms = jnp.where(base > -_RANGE, jnp.exp(base) * (base - own), np.float32(0))
     chosen = lambda x: -jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0]
     same = jnp.argmax(own, axis=-1) == jnp.argmax(base, axis=-1)
-    return _Compared(chosen(own), chosen(base), jnp.sum(terms, axis=-1), same)
+    return Compared(chosen(own), chosen(base), jnp.sum(terms, axis=-1), same)
+
+
+def compare(
+    params: dict[str, Any],
+    config: ModelConfig,
+    base: Base,
+    *,
+    bos_id: int | None,
+    chunks: int | None = None,
+    activations: Activations = "float",
+    progress: Progress | None = None,
+) -> Compared:
+    """What `divergence` sums up, token by token: float64 [chunks, n_ctx / 2 - 1] each; its arguments and errors."""
+    count = len(base.tokens) if chunks is None else min(chunks, len(base.tokens))
+    if count < 1:
+        raise QjaxError(f"expected at least one chunk, got {chunks}")
+    found: list[Compared] = []
+    looked = scored(params, config, base.tokens[:count], bos_id=bos_id, activations=activations)
+    for i, (logits, targets) in enumerate(looked):
+        rows = np.ascontiguousarray(base.rows[i])
+        head = np.ascontiguousarray(rows[:, :4]).view("<f4")
+        one = _compare(logits, targets, jnp.asarray(head), jnp.asarray(rows[:, 4 : 4 + base.vocab]))
+        found.append(Compared(*(np.asarray(part, np.float64) for part in one)))
+        if progress is not None:
+            progress(i + 1, count, float(np.concatenate([part.divergence for part in found]).mean()))
+    return Compared(*(np.stack(parts) for parts in zip(*found, strict=True)))
 
 
 def divergence(
@@ -174,24 +200,13 @@ def divergence(
     Raises:
       QjaxError: no chunk is asked for.
     """
-    count = len(base.tokens) if chunks is None else min(chunks, len(base.tokens))
-    if count < 1:
-        raise QjaxError(f"expected at least one chunk, got {chunks}")
-    found: list[_Compared] = []
     start = time.perf_counter()
-    looked = scored(params, config, base.tokens[:count], bos_id=bos_id, activations=activations)
-    for i, (logits, targets) in enumerate(looked):
-        rows = np.ascontiguousarray(base.rows[i])
-        head = np.ascontiguousarray(rows[:, :4]).view("<f4")
-        one = _compare(logits, targets, jnp.asarray(head), jnp.asarray(rows[:, 4 : 4 + base.vocab]))
-        found.append(_Compared(*(np.asarray(part, np.float64) for part in one)))
-        if progress is not None:
-            progress(i + 1, count, float(np.concatenate([part.divergence for part in found]).mean()))
-    loss, base_loss, kld, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    found = compare(params, config, base, bos_id=bos_id, chunks=chunks, activations=activations, progress=progress)
+    loss, base_loss, kld, same = (part.reshape(-1) for part in found)
     seconds = time.perf_counter() - start
     change = np.exp(-loss) - np.exp(-base_loss)
     return Divergence(
-        perplexity=summarize(loss, count, seconds),
+        perplexity=summarize(loss, len(found.loss), seconds),
         base_perplexity=math.exp(float(base_loss.mean())),
         mean_kld=float(kld.mean()),
         kld_stderr=float(kld.std() / math.sqrt(max(kld.size - 1, 1))),

@@ -21,7 +21,7 @@ from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.locate import locate
 from qjax.models.load import read_array
-from qjax.quantizers.ggml import encode
+from qjax.quantizers.ggml import Effort, encode
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.runs.console import emit, megabytes, show_table
 
@@ -68,9 +68,13 @@ def quantize_file(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    effort: Effort = "normal",
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Write the quantized file, whole or not at all; a tensor at a time is in memory. Returns `facts` and the path.
+
+    Args:
+      effort: see `encode`.
 
     Raises:
       QjaxError: see `plan_file` and `read_imatrix`; an importance of another length than its weight's rows.
@@ -86,7 +90,11 @@ def quantize_file(
         else:
             w = _floats(file, tensor)
             check_finite(tensor.name, w)
-            data = w.view(np.uint8) if tensor.target == "F32" else encode(tensor.target, w, columns.get(tensor.name))
+            data = (
+                w.view(np.uint8)
+                if tensor.target == "F32"
+                else encode(tensor.target, w, columns.get(tensor.name), effort)
+            )
         file.release(tensor.name)
         progress(tensor.name)
         return data
