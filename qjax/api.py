@@ -25,7 +25,7 @@ from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig, load_gguf, rewrite
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
-from qjax.quantizers.ggml import encode
+from qjax.quantizers.ggml import Effort, encode
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
 
@@ -147,7 +147,7 @@ def quantizer(type_name: str) -> Make:
     return make
 
 
-def _by_mix(file: Source, mix: str, imatrix: str | Path | None) -> Make:
+def _by_mix(file: Source, mix: str, imatrix: str | Path | None, effort: Effort) -> Make:
     """`make` that gives each matrix the type which a mix has for it, by its importance if there is one."""
     types = plan(file, Wish(mix, imatrix=imatrix is not None))
     floats = {name: i.shape for name, i in file.tensors.items() if i.type in FLOAT_TYPES and types[name] != i.type}
@@ -159,7 +159,7 @@ def _by_mix(file: Source, mix: str, imatrix: str | Path | None) -> Make:
     def make(name: str, w: Any) -> QuantizedArray | Any:
         check_finite(name, w)
         kind = types[name]
-        return from_blocks(kind, encode(kind, np.asarray(w), columns.get(name)), np.asarray)
+        return from_blocks(kind, encode(kind, np.asarray(w), columns.get(name), effort), np.asarray)
 
     return make
 
@@ -169,6 +169,7 @@ def load(
     *,
     quantize: str | Make | None = None,
     imatrix: str | Path | None = None,
+    effort: Effort = "normal",
     place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:
@@ -179,7 +180,8 @@ def load(
         small model that comes with qjax, or a Hub id "owner/name[@revision][:file]".
       quantize: a plain type ("q4_0") for every float matrix, one of llama.cpp's mixes ("q4_k_m"), or a function
         `make(name, float32 [out, in])`; applied while loading: the whole float model is never in memory.
-      imatrix: an importance matrix of llama-imatrix, for a mix.
+      imatrix: an importance matrix of llama-imatrix or `qjax calibrate`, for a mix.
+      effort: of the encoders, for a mix: "high" makes better blocks of the same bytes, in several times the time.
       place: `place(name, array) -> array` puts each array where it shall live.
       progress: told each tensor's name once it is loaded.
 
@@ -191,10 +193,12 @@ def load(
         make, mix = quantizer(mix), None
     if imatrix is not None and mix is None:
         raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
+    if effort != "normal" and mix is None:
+        raise QjaxError("effort is for a mix such as quantize='q4_k_m'")
     path = locate(model)
     file = open_source(path)
     if mix is not None:
-        make = _by_mix(file, mix, imatrix)
+        make = _by_mix(file, mix, imatrix, effort)
     if make is not None:
         rewrite.check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)

@@ -21,7 +21,7 @@ from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.source import Source
 from qjax.models.load import read_array
 from qjax.quantizers.allocation import Choice, allocate
-from qjax.quantizers.ggml import encode
+from qjax.quantizers.ggml import Effort, encode
 from qjax.quantizers.ggml_legacy import check_finite
 
 # What is chosen from, unless told: for rows of whole super-blocks, and for others.
@@ -54,13 +54,15 @@ def _some_rows(file: Source, name: str, rows: np.ndarray | None) -> Float32[np.n
     return np.asarray(array if rows is None else array[rows], np.float32)
 
 
-def _costs(w: np.ndarray, kinds: Sequence[str], fisher: Fisher, rows: Any, importance: Any, effort: str) -> list[float]:
+def _costs(
+    w: np.ndarray, kinds: Sequence[str], fisher: Fisher, rows: Any, importance: Any, effort: Effort
+) -> list[float]:
     costs = []
     for kind in kinds:
         if kind in FLOAT_TYPES:
             made = w.astype(FLOAT_TYPES[kind]).astype(np.float32)
         else:
-            made = from_blocks(kind, encode(kind, w, importance)).dequantize()
+            made = from_blocks(kind, encode(kind, w, importance, effort)).dequantize()
         costs.append(divergence_of(fisher, jnp.asarray(made) - jnp.asarray(w), rows))
     return costs
 
@@ -71,7 +73,7 @@ def choices(
     fishers: Mapping[str, Fisher],
     importances: Mapping[str, Float32[np.ndarray, " n"]],
     *,
-    effort: str = "normal",
+    effort: Effort = "normal",
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[Choice]]:
     """What each of the types `kinds` costs each tensor.

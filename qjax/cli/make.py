@@ -34,6 +34,12 @@ def add(commands: Commands) -> None:
     sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
     sub.add_argument("--type", help="a mix such as q4_k_m or q8_0, or a .yaml file with one of your own")
     sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
+    sub.add_argument(
+        "--effort",
+        choices=["normal", "high"],
+        default="normal",
+        help="normal: llama.cpp's blocks; high: blocks with less error, for several times the time; default: normal",
+    )
     sub.add_argument("--pure", action="store_true", help="the mix's main type for every matrix")
     sub.add_argument("--output-tensor-type", metavar="TYPE", help="type of output.weight")
     sub.add_argument("--token-embedding-type", metavar="TYPE", help="type of token_embd.weight")
@@ -167,6 +173,7 @@ def _by_mix(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
             requantize=args.allow_requantize,
             split_max_bytes=args.split_max_size,
             fresh=args.fresh,
+            effort=args.effort,
             progress=lambda name: advance(note=name),
         )
 
@@ -184,6 +191,7 @@ def _within_budget(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
         budget,
         imatrix=args.imatrix,
         requantize=args.allow_requantize,
+        effort=args.effort,
         split_max_bytes=args.split_max_size,
         fresh=args.fresh,
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int32
 
+from qjax.errors import QjaxError
 from qjax.kernels import Activations
 from qjax.models import ModelConfig, forward
 from qjax.models.chunks import begun, chunks_of

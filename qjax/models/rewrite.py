@@ -23,7 +23,7 @@ from qjax.formats.pieces import Resume, fingerprint
 from qjax.formats.source import Source
 from qjax.models.load import checked_config, read_array, warn_kept
 from qjax.quantizers.ggml import TYPES as ENCODED
-from qjax.quantizers.ggml import encode
+from qjax.quantizers.ggml import Effort, encode
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.version import __version__
 
@@ -163,6 +163,7 @@ def rewrite(
     metadata: Mapping[str, Any],
     metadata_types: Mapping[str, str],
     importances: Mapping[str, np.ndarray] | None = None,
+    effort: Effort = "normal",
     output: Output = AS_ONE_FILE,
     progress: Progress = lambda name: None,
 ) -> list[Path]:
@@ -184,7 +185,7 @@ def rewrite(
         for name in done:
             source.release(name)
         done[:] = [tensor.name]
-        data = _bytes(source, tensor, importances.get(tensor.name))
+        data = _bytes(source, tensor, importances.get(tensor.name), effort)
         progress(tensor.name)
         return data
 
@@ -198,7 +199,7 @@ def rewrite(
     importance = hashlib.sha256()
     for name, column in importances.items():
         importance.update(name.encode("utf-8", "surrogatepass") + np.ascontiguousarray(column).tobytes())
-    facts = (__version__, [tensor.source for tensor in tensors], importance.hexdigest())
+    facts = (__version__, [tensor.source for tensor in tensors], importance.hexdigest(), effort)
     return write_gguf(
         target,
         metadata,
@@ -209,7 +210,7 @@ def rewrite(
     )
 
 
-def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None) -> np.ndarray:
+def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort) -> np.ndarray:
     if tensor.target == tensor.source:
         return source.raw(tensor.name)
     if tensor.source in FLOAT_TYPES:
@@ -218,7 +219,9 @@ def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None) -> np
         packed = read_array(source, tensor.name, apply_scale=False)
         w = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     check_finite(tensor.name, w)
-    return w.astype(np.float32).view(np.uint8) if tensor.target == "F32" else encode(tensor.target, w, importance)
+    if tensor.target == "F32":
+        return w.astype(np.float32).view(np.uint8)
+    return encode(tensor.target, w, importance, effort)
 
 
 def convert(
@@ -251,6 +254,7 @@ def convert_to_mix(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    effort: Effort = "normal",
     output: Output = AS_ONE_FILE,
     progress: Progress = lambda name: None,
 ) -> tuple[list[Path], list[Planned]]:
@@ -283,6 +287,7 @@ def convert_to_mix(
         metadata=metadata,
         metadata_types=types,
         importances=columns,
+        effort=effort,
         output=output,
         progress=progress,
     )

@@ -125,6 +125,14 @@ class BlockForm(NamedTuple):
             parts["m"] = _bytes16(made.minimum)
         return jnp.concatenate([parts[field] for field in self.fields])
 
+    def read(self, name: str, blocks: UInt8[Array, "nbytes *blocks"]) -> UInt8[Array, "some *blocks"]:
+        """The bytes of a field."""
+        sizes = {"d": 2, "m": 2}
+        sizes |= {plane: self.size * bits.width // 8 for plane, bits in zip(("low", "high"), self.layout, strict=False)}
+        sizes["sub"] = self.nbytes - sum(sizes[field] for field in self.fields if field != "sub")
+        first = sum(sizes[field] for field in self.fields[: self.fields.index(name)])
+        return blocks[first : first + sizes[name]]
+
 
 def _two_nibbles(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
     """Q2_K: a scale in the low nibble, a minimum in the high one."""
@@ -134,7 +142,8 @@ def _two_nibbles(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
 
 def _six_bits(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
     """Q3_K: the inverse of `two_level._six_bits`."""
-    low, high = scale & np.uint8(15), scale >> np.uint8(4)
+    shifted = scale + np.uint8(32)
+    low, high = shifted & np.uint8(15), shifted >> np.uint8(4)
     nibbles = low[:8] | (low[8:] << np.uint8(4))
     pairs = high[0:4] | (high[4:8] << np.uint8(2)) | (high[8:12] << np.uint8(4)) | (high[12:] << np.uint8(6))
     return jnp.concatenate([nibbles, pairs])
@@ -156,7 +165,8 @@ def _int8(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
 
 def _six_bits_split(scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
     """IQ4_XS: the inverse of `two_level._six_bits_split`."""
-    low, high = scale & np.uint8(15), scale >> np.uint8(4)
+    shifted = scale + np.uint8(32)
+    low, high = shifted & np.uint8(15), shifted >> np.uint8(4)
     pairs = high[0::4] | (high[1::4] << np.uint8(2)) | (high[2::4] << np.uint8(4)) | (high[3::4] << np.uint8(6))
     return jnp.concatenate([pairs, low[0::2] | (low[1::2] << np.uint8(4))])
 
@@ -170,6 +180,11 @@ FORMS: Mapping[str, BlockForm] = MappingProxyType(
             SUPER_BLOCK, 176, ("d", "m", "sub", "high", "low"), (Plane(4, 32), Plane(1, 32)), _six_bits_with_minimum
         ),
         "Q6_K": BlockForm(SUPER_BLOCK, 210, ("low", "high", "sub", "d"), (Plane(4, 64), Plane(2, 32)), _int8),
+        "Q4_0": BlockForm(32, 18, ("d", "low"), (Plane(4, 16),)),
+        "Q4_1": BlockForm(32, 20, ("d", "m", "low"), (Plane(4, 16),)),
+        "Q5_0": BlockForm(32, 22, ("d", "high", "low"), (Plane(4, 16), Plane(1, 1))),
+        "Q5_1": BlockForm(32, 24, ("d", "m", "high", "low"), (Plane(4, 16), Plane(1, 1))),
+        "Q8_0": BlockForm(32, 34, ("d", "low"), (Plane(8, 1),)),
         "IQ4_NL": BlockForm(32, 18, ("d", "low"), (Plane(4, 16),)),
         "IQ4_XS": BlockForm(SUPER_BLOCK, 136, ("d", "sub", "low"), (Plane(4, 16),), _six_bits_split),
     }

@@ -51,7 +51,7 @@ class NonLinear(NamedTuple):
         integers = jnp.clip(integers, np.float32(-32), np.float32(31))
         bits, _ = half(scale)
         codes = by_block(search.iq4_codes(search.inverse(scale[None] * integers)[None] * groups.x))
-        return Super(bits, None, integers.astype(jnp.int32) + np.int32(32), None, as_bytes(codes))
+        return Super(bits, None, integers.astype(jnp.int32), None, as_bytes(codes))
 
 
 IQ4_TYPES: Mapping[str, Steps] = MappingProxyType(

@@ -130,7 +130,7 @@ class Q3(_Symmetric):
             scale = jnp.where(none, np.float32(0), np.float32(1) / inverse)
         scale_bits, d = half(scale)
         codes = _codes(groups.x, d[None] * integers, None, found, self.low, self.top)
-        return Super(scale_bits, None, integers.astype(jnp.int32) + np.int32(32), None, codes)
+        return Super(scale_bits, None, integers.astype(jnp.int32), None, codes)
 
 
 class Q6(_Symmetric):

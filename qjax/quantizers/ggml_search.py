@@ -26,6 +26,7 @@ _SIGNED_STEPS = [step for step in range(-9, 10) if step]
 _POSITIVE_STEPS = [step for step in range(-4, 5) if step]
 _TRIES = 5
 _IQ4_TRIES = 7
+IQ4_EDGE = -IQ4_VALUES[0]
 
 
 class Found(NamedTuple):
@@ -60,7 +61,7 @@ def largest(x: Groups) -> tuple[PerGroup, PerGroup]:
     return size, number
 
 
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+def divided(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b, and 0 where b is 0."""
     none = b == 0
     return jnp.where(none, np.float32(0), a / jnp.where(none, np.float32(1), b))
@@ -68,7 +69,7 @@ def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def inverse(x: PerGroup) -> PerGroup:
     """1 / x, and 0 where x is 0."""
-    return _quotient(jnp.ones_like(x), x)
+    return divided(jnp.ones_like(x), x)
 
 
 def symmetric(x: Groups, weights: Groups, top: int) -> Found:
@@ -86,14 +87,14 @@ def symmetric(x: Groups, weights: Groups, top: int) -> Found:
 
     first = np.float32(-top) / number
     product, square = sums(first)
-    scale = _quotient(product, square)
+    scale = divided(product, square)
 
     def step(state: Any, nudge: Any) -> Any:
         scale, best, inverse = state
         tried = nudge / number
         product, square = sums(tried)
         better = (square > 0) & (product * product > best * square)
-        candidate = _quotient(product, square)
+        candidate = divided(product, square)
         scale = jnp.where(better, candidate, scale)
         return (scale, jnp.where(better, candidate * product, best), jnp.where(better, tried, inverse)), None
 
@@ -131,16 +132,16 @@ def non_linear(x: Groups, weights: Groups) -> Found:
         weighted = weights * value
         return total(weighted * x), total(weighted * value)
 
-    low = np.float32(IQ4_VALUES[0])
-    # ggml's first try has the sign turned: the largest magnitude goes to 113, not to -127.
-    product, square = sums(np.float32(1) / (number / -low))
-    scale = _quotient(product, square)
+    edge = np.float32(IQ4_EDGE)
+    # ggml's first try has the sign turned: the largest magnitude goes to 113 and not to -127.
+    product, square = sums(np.float32(1) / (number / edge))
+    scale = divided(product, square)
 
     def step(state: Any, nudge: Any) -> Any:
         scale, best = state
-        product, square = sums((nudge + low) / number)
+        product, square = sums((nudge - edge) / number)
         better = (square > 0) & (product * product > best * square)
-        candidate = _quotient(product, square)
+        candidate = divided(product, square)
         return (jnp.where(better, candidate, scale), jnp.where(better, candidate * product, best)), None
 
     nudges = jnp.arange(-_IQ4_TRIES, _IQ4_TRIES + 1, dtype=jnp.float32)
@@ -190,7 +191,7 @@ def three_bits(x: Groups, top: int = 4) -> Found:
     codes = jnp.clip(jnp.round(inverse[None] * x), np.float32(-top), np.float32(top - 1))
     product, square = total(weights * x * codes), total(weights * codes * codes)
     codes, product, square = _descend(x, weights, codes, -top, top - 1, product, square, signed=True)
-    scale = jnp.where(zero | (square <= 0), np.float32(0), _quotient(product, square))
+    scale = jnp.where(zero | (square <= 0), np.float32(0), divided(product, square))
     return Found(scale, jnp.where(zero[None], np.float32(0), codes + np.float32(top)))
 
 
@@ -214,7 +215,7 @@ def positive(x: Groups, weights: Groups, top: int) -> Found:
     codes = jnp.minimum(jnp.round(inverse[None] * x), np.float32(top))
     product, square = total(weights * x * codes), total(weights * codes * codes)
     codes, product, square = _descend(x, weights, codes, 0, top, product, square, signed=False)
-    scale = jnp.where(zero | (square <= 0), np.float32(0), _quotient(product, square))
+    scale = jnp.where(zero | (square <= 0), np.float32(0), divided(product, square))
     return Found(scale, jnp.where(zero[None], np.float32(0), codes))
 
 
@@ -256,7 +257,7 @@ def affine(
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / divisor
         new_minimum = (sum_l2 * sum_x - sum_l * sum_xl) / divisor
         above = new_minimum > 0
-        new_scale = jnp.where(above, _quotient(sum_xl, sum_l2), new_scale)
+        new_scale = jnp.where(above, divided(sum_xl, sum_l2), new_scale)
         new_minimum = jnp.where(above, np.float32(0), new_minimum)
         here = error(new_scale, new_minimum, code)
         better = able & (here < best)

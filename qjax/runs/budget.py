@@ -32,6 +32,7 @@ from qjax.formats.gguf.writer import TensorToWrite, header_nbytes
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
 from qjax.models.chunks import begun, chunks_of
+from qjax.quantizers.ggml import Effort
 from qjax.runs.console import progress_bar
 from qjax.runs.quantize import dry_run, quantize_file
 from qjax.runs.texts import open_model, read_text
@@ -122,11 +123,13 @@ def room(source: Source, of: Mapping[str, Any], budget: Budget) -> int:
     return left
 
 
-def within(source: Source, wish: Wish, budget: Budget, known: Importances, columns: Importances) -> Found:
+def within(
+    source: Source, wish: Wish, budget: Budget, known: Importances, columns: Importances, effort: Effort
+) -> Found:
     """The wish with a type for each matrix by name, so that all fit the budget and lose least.
 
     Args:
-      known: with Fisher information. columns: what encoders weight by.
+      known: with Fisher information. columns: what encoders weight by. effort: of theirs.
 
     Raises:
       QjaxError: the budget is too small, or nothing is known of a matrix.
@@ -134,7 +137,7 @@ def within(source: Source, wish: Wish, budget: Budget, known: Importances, colum
     of = candidates(source, wish, budget.types)
     left = room(source, of, budget)
     with progress_bar("types tried", total=len(of)) as advance:
-        tried = choices(source, of, each(known), columns.of, progress=lambda name: advance(note=name))
+        tried = choices(source, of, each(known), columns.of, effort=effort, progress=lambda name: advance(note=name))
     best = fit(tried, left)
     weights = Counter[str]()
     for name, kind in best.types.items():
@@ -156,6 +159,7 @@ def quantize_within(
     budget: Budget,
     *,
     imatrix: str | Path | None = None,
+    effort: Effort = "normal",
     **options: Any,
 ) -> dict[str, Any]:
     """`quantize_file` with types that fit a budget; None as target only plans.
@@ -181,7 +185,7 @@ def quantize_within(
         chunks = chunks_for(model, budget)
         known = look(model, chunks, budget.data or OWN_TEXT)
         del model
-    found = within(source, wish, budget, known, given or known)
+    found = within(source, wish, budget, known, given or known, effort)
     expected = {"expected_kld": found.expected}
     if target is None:
         return {**dry_run(name, found.wish, requantize=options.get("requantize", False)), **expected}
@@ -190,7 +194,13 @@ def quantize_within(
         write_imatrix(imatrix, known)
     with progress_bar(f"writing {target}") as advance:
         result = quantize_file(
-            name, target, found.wish, imatrix=imatrix, progress=lambda name: advance(note=name), **options
+            name,
+            target,
+            found.wish,
+            imatrix=imatrix,
+            effort=effort,
+            progress=lambda name: advance(note=name),
+            **options,
         )
     result |= {**expected, "imatrix": str(imatrix)}
     if chunks is not None:

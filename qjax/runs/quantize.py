@@ -11,6 +11,7 @@ from qjax.formats.gguf.plan import Wish
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
 from qjax.models.rewrite import Output, Planned, check_encoders, convert_to_mix, plan_mix
+from qjax.quantizers.ggml import Effort
 from qjax.runs.console import emit, megabytes, say_resumed, show_table
 
 
@@ -45,6 +46,7 @@ def quantize_file(
     *,
     imatrix: str | Path | None = None,
     requantize: bool = False,
+    effort: Effort = "normal",
     split_max_bytes: int | None = None,
     fresh: bool = False,
     progress: Callable[[str], None] = lambda name: None,
@@ -52,7 +54,7 @@ def quantize_file(
     """Write the quantized file, whole or not at all. Returns `facts`, the files and how many tensors were done already.
 
     Args:
-      split_max_bytes, fresh: see `Output`.
+      effort: see `encode`. split_max_bytes, fresh: see `Output`.
 
     Raises:
       QjaxError: see `convert_to_mix`.
@@ -67,7 +69,7 @@ def quantize_file(
 
     output = Output(split_max_bytes, fresh, resumed)
     files, tensors = convert_to_mix(
-        opened, target, wish, imatrix=imatrix, requantize=requantize, output=output, progress=progress
+        opened, target, wish, imatrix=imatrix, requantize=requantize, effort=effort, output=output, progress=progress
     )
     return {"path": str(files[0]), "files": [str(file) for file in files], "resumed": found, **facts(tensors)}
 
