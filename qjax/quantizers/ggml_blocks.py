@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
 from qjax.arrays.floats import f16_to_f32, f32_to_f16_bits
 from qjax.arrays.planes import Layout, Plane
-from qjax.quantizers.ggml_search import Found
+from qjax.quantizers.ggml_search import ROWS_SUMMED_WELL, Found
 
 SUPER_BLOCK = 256
 
@@ -62,6 +62,14 @@ def by_group(blocks: Blocks, size: int) -> Float32[Array, "size parts *blocks"]:
 def by_block(groups: Float32[Array, "size parts *blocks"]) -> Blocks:
     """The inverse of `by_group`."""
     return jnp.swapaxes(groups, 0, 1).reshape(-1, *groups.shape[2:])
+
+
+def padded(x: Float32[Array, "n parts *blocks"], weights: Float32[Array, "n parts *blocks"]) -> Prepared:
+    """With as many rows as are summed well."""
+    more = ROWS_SUMMED_WELL - x.shape[0]
+    if more <= 0:
+        return Prepared(x, weights)
+    return Prepared(jnp.concatenate([x, x[:more]]), jnp.pad(weights, ((0, more), *((0, 0),) * (x.ndim - 1))))
 
 
 def as_bytes(codes: Float32[Array, "n *blocks"]) -> UInt8[Array, "n *blocks"]:

@@ -34,6 +34,7 @@ from qjax.quantizers.ggml_blocks import (
     by_group,
     half,
     importance_weights,
+    padded,
 )
 from qjax.quantizers.ggml_search import PerGroup, divided, inverse, total
 
@@ -50,21 +51,24 @@ class Wanted(NamedTuple):
 class Solution(NamedTuple):
     """Blocks but for their codes, which follow; all the numbers are float32.
 
-    w ~ scale * sub_scale * code - minimum * sub_minimum, `error` being the weighted sum of squared differences. Types
-    without integers have ones, those without minimums have no `minimum`.
+    w ~ scale * sub_scale * code - minimum * sub_minimum, `error` being the weighted sum of squared differences; None is
+    what a type does not have.
     """
 
     scale: PerGroup
-    sub_scale: Parts
+    sub_scale: Parts | None
     minimum: PerGroup | None
     sub_minimum: Parts | None
     error: PerGroup
 
     def groups(self) -> Wanted:
         """Scale and minimum of each group."""
+        if self.sub_scale is None:
+            return Wanted(self.scale, self.minimum)
+        scale = self.scale[None] * self.sub_scale
         if self.minimum is None or self.sub_minimum is None:
-            return Wanted(self.scale[None] * self.sub_scale, None)
-        return Wanted(self.scale[None] * self.sub_scale, self.minimum[None] * self.sub_minimum)
+            return Wanted(scale, None)
+        return Wanted(scale, self.minimum[None] * self.sub_minimum)
 
 
 def _better(new: Any, old: Any) -> Any:
@@ -80,17 +84,20 @@ class _Tried(NamedTuple):
 class High(NamedTuple):
     """A type's blocks and where to search.
 
-    group: weights that share a scale. low, top: codes; what is stored is `zero` higher. table: codes are indices into
-    IQ4's values. integers: lowest and highest of the groups' scales, None where the float16 itself is the scale.
-    packing: of these, in PACKINGS. ratios: first and last inverse scale of a group that is tried, as a share of that
-    which its largest magnitude suggests. scales, minimums: first, last and number of the float16s that are tried, as
-    shares of those that make the largest group's integer the highest.
+    group: numbers that share a scale. low, top: codes; what is stored is `zero` higher. table: codes are indices into
+    IQ4's values. magnitude: errors of larger weights count more, see `encode`.
+    integers: lowest and highest of the groups' scales, None where the float16 itself is the scale; packing: of these,
+    in PACKINGS.
+    ratios: first and last inverse scale of a group that is tried, as a share of that which its largest magnitude
+    suggests. scales, minimums: first, last and number of the float16s that are tried, as shares of those that make the
+    largest group's integer the highest.
     """
 
     group: int
     low: int
     top: int
     zero: int
+    magnitude: bool = False
     table: bool = False
     has_minimum: bool = False
     ratios: tuple[float, float] = (0.9, 1.05)
@@ -100,9 +107,13 @@ class High(NamedTuple):
     minimums: tuple[float, float, int] = (1, 1, 1)
 
     def prepare(self, blocks: Blocks, importance: Blocks | None) -> Prepared:
-        """Groups and the weights of their squared errors, see `encode`."""
-        weights = importance_weights(blocks, jnp.ones_like(blocks) if importance is None else importance, 2)
-        return Prepared(by_group(blocks, self.group), by_group(weights, self.group))
+        """Groups and the weights of their squared errors, see `encode`; no axis of parts where a block is one group."""
+        weights = jnp.ones_like(blocks) if importance is None else importance
+        if self.magnitude:
+            weights = importance_weights(blocks, weights, 2)
+        if self.integers is None:
+            return Prepared(blocks, weights)
+        return padded(by_group(blocks, self.group), by_group(weights, self.group))
 
     def start(self, form: BlockForm, g: Prepared, packed: UInt8[Array, "nbytes *blocks"]) -> Solution:
         """What blocks hold that are made already."""
@@ -112,20 +123,16 @@ class High(NamedTuple):
             return f16_to_f32(pair[0] | (pair[1] << np.uint16(8)))
 
         scale = float16("d")
-        ones = jnp.ones((g.x.shape[1], *scale.shape), jnp.float32)
-        minimum, sub_minimum, sub_scale = None, None, ones
-        if self.integers is not None:
-            packed_integers = jnp.moveaxis(form.read("sub", packed), 0, -1)
-            found = PACKINGS[self.packing].unpack(packed_integers)
-            sub_scale, sub_minimum = (
-                None if part is None else jnp.moveaxis(part, -1, 0).astype(jnp.float32) for part in found
-            )
-        if self.has_minimum:
-            minimum, sub_minimum = float16("m"), ones if sub_minimum is None else sub_minimum
-            minimum = -minimum if self.integers is None else minimum
-        assert sub_scale is not None
-        made = Solution(scale, sub_scale, minimum, sub_minimum, jnp.zeros_like(scale))
-        return made._replace(error=jnp.sum(self._errors(g, made.groups()), axis=0))
+        minimum = float16("m") if self.has_minimum else None
+        if self.integers is None:
+            return self._measured(g, Solution(scale, None, None if minimum is None else -minimum, None, scale))
+        integers = PACKINGS[self.packing].unpack(jnp.moveaxis(form.read("sub", packed), 0, -1))
+        subs = [None if part is None else jnp.moveaxis(part, -1, 0).astype(jnp.float32) for part in integers]
+        return self._measured(g, Solution(scale, subs[0], minimum, subs[1], scale))
+
+    def _measured(self, g: Prepared, made: Solution) -> Solution:
+        errors = self._errors(g, made.groups())
+        return made._replace(error=errors if self.integers is None else jnp.sum(errors, axis=0))
 
     def _values(self, x: jax.Array, at: Wanted) -> jax.Array:
         """The best codes, as the numbers that they stand for."""
@@ -190,20 +197,18 @@ class High(NamedTuple):
         (scale, _), _ = lax.scan(attempt, (zero, zero), both)
         return Wanted(scale, None)
 
-    def _near(self, g: Prepared, scale: PerGroup, minimum: PerGroup | None, wanted: Wanted, reach: int) -> Solution:
+    def _near(self, g: Prepared, scale: PerGroup, minimum: PerGroup | None, wanted: Wanted) -> Solution:
         """The best integers near what the groups want, under these numbers (which become float16)."""
         d = half(scale)[1]
         m = None if minimum is None else half(minimum)[1]
         if self.integers is None:
-            ones = jnp.ones_like(wanted.scale)
-            made = Solution(d, ones, m, None if m is None else ones, jnp.zeros_like(d))
-            return made._replace(error=jnp.sum(self._errors(g, made.groups()), axis=0))
+            return self._measured(g, Solution(d, None, m, None, d))
         low, high = self.integers
         middle = jnp.round(wanted.scale * inverse(d)[None])
         mean_code = divided(total(g.weights * self._values(g.x, wanted)), total(g.weights))
-        best = None
-        for offset in range(-reach, reach + 1):
-            sub_scale = jnp.clip(middle + _F(offset), _F(low), _F(high))
+
+        def attempt(best: _Tried, offset: Any) -> Any:
+            sub_scale = jnp.clip(middle + offset, _F(low), _F(high))
             at = Wanted(sub_scale * d[None], None)
             sub_minimum = None
             if m is not None and wanted.minimum is not None:
@@ -211,16 +216,17 @@ class High(NamedTuple):
                 follows = wanted.minimum + mean_code * (at.scale - wanted.scale)
                 sub_minimum = jnp.clip(jnp.round(follows * inverse(m)[None]), _F(0), _F(high))
                 at = Wanted(at.scale, sub_minimum * m[None])
-            new = _Tried(sub_scale, sub_minimum, self._errors(g, at))
-            best = new if best is None else _better(new, best)
-        assert best is not None
+            return _better(_Tried(sub_scale, sub_minimum, self._errors(g, at)), best), None
+
+        none = jnp.zeros_like(middle)
+        start = _Tried(none, None if m is None else none, jnp.full_like(middle, jnp.inf))
+        best, _ = lax.scan(attempt, start, jnp.arange(-1, 2, dtype=jnp.float32))
         return Solution(d, best.sub_scale, m, best.sub_minimum, jnp.sum(best.error, axis=0))
 
     def grid(self, g: Prepared, wanted: Wanted, at: Solution) -> Solution:
         """Step 2; `at` is what to start from."""
         if self.integers is None:
-            minimum = None if wanted.minimum is None else wanted.minimum[0]
-            return _better(self._near(g, wanted.scale[0], minimum, wanted, 0), at)
+            return _better(self._near(g, wanted.scale, wanted.minimum, wanted), at)
         low, high = self.integers
         _, most = search.largest(wanted.scale)
         deepest = None if wanted.minimum is None else jnp.max(wanted.minimum, axis=0)
@@ -228,7 +234,7 @@ class High(NamedTuple):
 
         def attempt(state: Any, nudge: Any) -> Any:
             m = None if deepest is None else deepest / (_F(high) * nudge[1])
-            return _better(self._near(g, most / (edge * nudge[0]), m, wanted, 1), state), None
+            return _better(self._near(g, most / (edge * nudge[0]), m, wanted), state), None
 
         nudges = [(a, b) for a in np.linspace(*self.scales) for b in np.linspace(*self.minimums)]
         return lax.scan(attempt, at, jnp.asarray(nudges, jnp.float32))[0]
@@ -237,14 +243,15 @@ class High(NamedTuple):
         """Step 3."""
 
         def again(_: Any, at: Solution) -> Solution:
-            scale, minimum = self._fit_block(g, at)
-            return _better(self._near(g, scale, minimum, self._fit(g, at.groups()), 1), at)
+            wanted = self._fit(g, at.groups())
+            scale, minimum = wanted if at.sub_scale is None else self._fit_block(g, at, at.sub_scale)
+            return _better(self._near(g, scale, minimum, wanted), at)
 
         return lax.fori_loop(0, 4, again, at)
 
-    def _fit_block(self, g: Prepared, at: Solution) -> tuple[PerGroup, PerGroup | None]:
+    def _fit_block(self, g: Prepared, at: Solution, s: Parts) -> tuple[PerGroup, PerGroup | None]:
         """Least squares for a block's float16s, integers and codes as they are."""
-        s, m = at.sub_scale, at.sub_minimum
+        m = at.sub_minimum
         code = self._values(g.x, at.groups())
         weighted = g.weights * code
         xl = jnp.sum(s * total(weighted * g.x), axis=0)
@@ -256,24 +263,23 @@ class High(NamedTuple):
         x1 = jnp.sum(m * total(g.weights * g.x), axis=0)
         determinant = w1 * l2 - l1 * l1
         scale, minimum = divided(w1 * xl - x1 * l1, determinant), divided(l1 * xl - l2 * x1, determinant)
-        able = determinant > _F(1e-6) * w1 * l2
-        if self.integers is not None:
-            able &= minimum >= 0
+        able = (determinant > _F(1e-6) * w1 * l2) & (minimum >= 0)
         return jnp.where(able, scale, at.scale), jnp.where(able, minimum, at.minimum)
 
     def finish(self, g: Prepared, at: Solution) -> Super:
         """The codes, and all as it is stored."""
-        units = self._units(g.x, at.groups())
+        units = self._units(g.x[: self.group], at.groups())
         if self.table:
             codes = search.iq4_codes(units)
         else:
             codes = jnp.clip(jnp.round(units), _F(self.low), _F(self.top)) + _F(self.zero)
-        minimum, sub_minimum = at.minimum, at.sub_minimum
-        if minimum is not None:
-            minimum = half(-minimum if self.integers is None else minimum)[0]
-        if sub_minimum is not None:
-            sub_minimum = sub_minimum.astype(jnp.int32)
-        return Super(half(at.scale)[0], minimum, at.sub_scale.astype(jnp.int32), sub_minimum, as_bytes(by_block(codes)))
+        scale = half(at.scale)[0]
+        if at.sub_scale is None:
+            minimum = None if at.minimum is None else half(-at.minimum)[0]
+            return Super(scale, minimum, None, None, as_bytes(codes))
+        minimum = None if at.minimum is None else half(at.minimum)[0]
+        sub_minimum = None if at.sub_minimum is None else at.sub_minimum.astype(jnp.int32)
+        return Super(scale, minimum, at.sub_scale.astype(jnp.int32), sub_minimum, as_bytes(by_block(codes)))
 
 
 HIGH: Mapping[str, High] = MappingProxyType(
@@ -283,6 +289,7 @@ HIGH: Mapping[str, High] = MappingProxyType(
             0,
             3,
             0,
+            magnitude=True,
             has_minimum=True,
             ratios=(0.6, 1.2),
             integers=(0, 15),
@@ -290,7 +297,9 @@ HIGH: Mapping[str, High] = MappingProxyType(
             scales=(0.8, 1.05, 5),
             minimums=(0.8, 1.05, 4),
         ),
-        "Q3_K": High(16, -4, 3, 4, ratios=(0.6, 1.3), integers=(-32, 31), packing="q3_k", scales=(0.85, 1.1, 9)),
+        "Q3_K": High(
+            16, -4, 3, 4, magnitude=True, ratios=(0.6, 1.3), integers=(-32, 31), packing="q3_k", scales=(0.85, 1.1, 9)
+        ),
         "Q4_K": High(
             32,
             0,

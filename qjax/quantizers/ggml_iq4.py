@@ -35,6 +35,9 @@ class NonLinear(NamedTuple):
 
     def prepare(self, blocks: Blocks, importance: Blocks | None) -> Prepared:
         weights = blocks * blocks if importance is None else importance_weights(blocks, importance, 2)
+        # A block of one group has no axis of parts: XLA:CPU's loops are ten times as slow over an axis of one.
+        if not self.integers:
+            return Prepared(blocks, weights)
         return Prepared(by_group(blocks, _GROUP), by_group(weights, _GROUP))
 
     def search(self, groups: Prepared, weighted: bool) -> Found:
@@ -42,8 +45,8 @@ class NonLinear(NamedTuple):
 
     def finish(self, groups: Prepared, found: Found, weighted: bool) -> Super:
         if not self.integers:
-            bits, _ = half(found.scale[0])
-            return Super(bits, None, None, None, as_bytes(found.codes[:, 0]))
+            bits, _ = half(found.scale)
+            return Super(bits, None, None, None, as_bytes(found.codes))
         _, most = search.largest(found.scale)
         none = most == 0
         scale = -most / np.float32(32)

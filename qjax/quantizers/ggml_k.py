@@ -26,6 +26,7 @@ from qjax.quantizers.ggml_blocks import (
     by_group,
     half,
     importance_weights,
+    padded,
 )
 from qjax.quantizers.ggml_search import Found, total
 
@@ -73,10 +74,7 @@ class Affine(NamedTuple):
             weights = jnp.sqrt(total(x * x) / np.float32(self.size))[None] + jnp.abs(x)
         else:
             weights = jnp.abs(x)
-        more = search.ROWS_SUMMED_WELL - self.size
-        if more:
-            x, weights = jnp.concatenate([x, x[:more]]), jnp.pad(weights, ((0, more), *((0, 0),) * (x.ndim - 1)))
-        return Prepared(x, weights)
+        return padded(x, weights)
 
     def search(self, groups: Prepared, weighted: bool) -> Found:
         if weighted:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import gguf.quants as oracle
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from qjax.formats.gguf import open_gguf
+from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.runs.quantize import quantize_file
@@ -38,3 +41,25 @@ def test_equals_llama_quantize(interop: Path, tmp_path: Path, kind: str, imatrix
         # The matrix's own path depends on where it was.
         if isinstance(value, int | float | str) and key != "quantize.imatrix.file":
             assert ours.metadata[key] == value, key
+
+
+@pytest.mark.parametrize(("kind", "imatrix"), [("q4_K_S", False), ("iq4_xs", True), ("q3_K_M", True), ("q2_K", True)])
+@pytest.mark.filterwarnings("ignore:output.weight. quantized without importance")
+def test_high_effort_has_less_error_than_llama_quantize(
+    interop: Path, tmp_path: Path, kind: str, imatrix: bool
+) -> None:
+    """By importance, and so for each type of a file."""
+    ours_path = tmp_path / "ours.gguf"
+    importance = interop / "imatrix.gguf" if imatrix else None
+    source = open_gguf(interop / "tiny-f16.gguf")
+    quantize_file(source.path, ours_path, Wish(kind), imatrix=importance, effort="high")
+    columns = {} if importance is None else read_imatrix(importance).of
+    files = open_gguf(ours_path), open_gguf(interop / f"tiny-{'imat-' if imatrix else ''}{kind}.gguf")
+    errors: dict[str, np.ndarray] = {}
+    for name, info in files[1].tensors.items():
+        if info.type != "F32":
+            w = source.raw(name).view(np.float16).astype(np.float64)
+            read = [oracle.dequantize(file.raw(name), GGMLQuantizationType[info.type]) for file in files]
+            weights = columns.get(name, np.ones(w.shape[-1]))
+            errors[info.type] = errors.get(info.type, 0) + np.array([(weights * (r - w) ** 2).sum() for r in read])
+    assert all(ours < theirs for ours, theirs in errors.values()), errors

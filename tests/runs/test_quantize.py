@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gguf.quants as oracle
 import jax
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 
 import qjax
 from qjax.cli import main
@@ -22,7 +24,9 @@ from qjax.evaluate.synthetic import save_synthetic
 from qjax.formats.gguf import open_gguf
 from qjax.formats.gguf.plan import Wish
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.formats.locate import locate
 from qjax.models import rewrite
+from qjax.models.load import read_array
 from qjax.quantizers.ggml import encode
 from qjax.runs import run
 from qjax.runs.quantize import dry_run, plan_file, quantize_file
@@ -64,6 +68,25 @@ def test_the_plan_is_what_is_written(q4_k_m: Path, capsys: pytest.CaptureFixture
     file = open_gguf(q4_k_m)
     assert {t["name"]: t["to"] for t in said["tensors"]} == {name: info.type for name, info in file.tensors.items()}
     assert said["bytes"] == sum(info.nbytes for info in file.tensors.values())
+
+
+def test_high_effort(tmp_path: Path) -> None:
+    """The same types and size, and weights nearer to the floats."""
+    floats = open_gguf(locate("embedded"))
+    made = {}
+    for effort in ("normal", "high"):
+        path = tmp_path / f"{effort}.gguf"
+        assert main(["quantize", "embedded", "--type", "q4_0", "-o", str(path), "--effort", effort]) == 0
+        made[effort] = open_gguf(path)
+    assert {n: i.type for n, i in made["high"].tensors.items()} == {
+        n: i.type for n, i in made["normal"].tensors.items()
+    }
+    for name, info in made["high"].tensors.items():
+        if info.type == "Q4_0":
+            w = np.asarray(read_array(floats, name, apply_scale=False), np.float32)
+            read = {e: oracle.dequantize(f.raw(name), GGMLQuantizationType.Q4_0) for e, f in made.items()}
+            errors = {e: float(((back - w) ** 2).sum()) for e, back in read.items()}
+            assert errors["high"] < 0.95 * errors["normal"], name
 
 
 def test_importance(tmp_path: Path, q4_k_m: Path) -> None:
