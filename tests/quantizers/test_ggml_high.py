@@ -13,7 +13,7 @@ from qjax.errors import QjaxError
 from qjax.quantizers.ggml import TYPES, block_size, encode
 from qjax.quantizers.ggml_high import HIGH
 
-# With and without importance, on normal numbers: what is surely won (of Q3_K with importance ggml's search is as good).
+# Without and with importance, on normal numbers: what is surely won.
 GAINS = {
     "Q2_K": (0.9, 0.985),
     "Q3_K": (0.95, 1.0),
@@ -61,7 +61,7 @@ def errors(kind: str, blocks: np.ndarray, w: np.ndarray, importance: np.ndarray 
     assert np.isfinite(decoded).all()
     terms = (decoded - w) ** 2 * (1.0 if importance is None else importance)
     squares = w.astype(np.float64).reshape(-1, block_size(kind)) ** 2
-    if kind in ("Q2_K", "Q3_K"):
+    if kind == "Q2_K":
         terms *= np.sqrt(2 * squares.mean(axis=1, keepdims=True) + squares).reshape(w.shape)
     return terms.reshape(squares.shape).sum(axis=1)
 
