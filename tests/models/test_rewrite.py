@@ -64,7 +64,8 @@ def test_a_folder_loads_as_its_file(tmp_path: Path) -> None:
 def test_a_mix_is_what_quantize_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, ours, theirs = str(STORED / "llama-3"), tmp_path / "convert.gguf", tmp_path / "quantize.gguf"
     assert main(["convert", folder, "-o", str(ours), "--type", "q4_k_m", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(ours), "bytes": ours.stat().st_size}
+    said = {"path": str(ours), "files": [str(ours)], "bytes": ours.stat().st_size}
+    assert json.loads(capsys.readouterr().out) == said
     assert main(["quantize", folder, "-o", str(theirs), "--type", "q4_k_m"]) == 0
     assert ours.read_bytes() == theirs.read_bytes()
     assert open_gguf(ours).metadata["general.file_type"] == 15
