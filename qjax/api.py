@@ -25,7 +25,7 @@ from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig, load_gguf, rewrite
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
-from qjax.quantizers.ggml import Effort, encode
+from qjax.quantizers.ggml import Effort
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
 
@@ -141,8 +141,7 @@ def quantizer(type_name: str) -> Make:
     def make(name: str, w: Any) -> QuantizedArray | Any:
         check_finite(name, w)
         fitting = rewrite.whole_rows(name, w.shape, kind)
-        w = np.asarray(w, np.float32)
-        return from_blocks(fitting, w.view(np.uint8) if fitting == "F32" else encode(fitting, w))
+        return from_blocks(fitting, rewrite.encoded(fitting, np.asarray(w, np.float32)))
 
     return make
 
@@ -159,7 +158,7 @@ def _by_mix(file: Source, mix: str, imatrix: str | Path | None, effort: Effort) 
     def make(name: str, w: Any) -> QuantizedArray | Any:
         check_finite(name, w)
         kind = types[name]
-        return from_blocks(kind, encode(kind, np.asarray(w), columns.get(name), effort), np.asarray)
+        return from_blocks(kind, rewrite.encoded(kind, np.asarray(w), columns.get(name), effort), np.asarray)
 
     return make
 

@@ -55,6 +55,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.merge is not None:
         result = merge_files(args.merge, args.output, ctx=args.ctx)
     else:
+        if args.fisher and (args.process_output or args.batch != 1):
+            raise QjaxError("--fisher looks at all matrices, a chunk at a time: leave --process-output and --batch out")
         if args.data is None:
             raise QjaxError("give the text by --data FILE")
         with progress_bar("calibrating") as advance:

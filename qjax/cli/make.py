@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("-o", "--output", metavar="FILE", help="the file to write; not needed with --dry-run")
     sub.add_argument("--type", help="a mix such as q4_k_m or q8_0, or a .yaml file with one of your own")
-    sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix")
+    sub.add_argument("--imatrix", metavar="FILE", help="an importance matrix of llama-imatrix or `qjax calibrate`")
     sub.add_argument(
         "--effort",
         choices=["normal", "high"],
@@ -70,11 +70,13 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="with a target: UTF-8 text to look at the model on; default: text that it writes itself",
     )
-    sub.add_argument("--chunks", type=positive, default=8, help="of 512 tokens, of that text; default: 8")
+    sub.add_argument("--chunks", type=positive, help="of 512 tokens, of that text; default: 8")
     sub.add_argument("--types", metavar="TYPE,TYPE", help="with a target: the types to choose from")
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
     _add_output(sub)
-    sub.add_argument("--dry-run", action="store_true", help="show types and sizes, read no weight")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="show types and sizes, read no weight (with a target: write none)"
+    )
     add_json(sub)
 
 
@@ -130,8 +132,10 @@ def _quantize(args: argparse.Namespace) -> None:
     budgeted = args.target_bpw is not None or args.target_size is not None
     if args.type is None and not budgeted:
         raise QjaxError("give --type, or a budget by --target-bpw or --target-size")
-    if not budgeted and (args.data is not None or args.types is not None):
-        raise QjaxError("--data and --types are for a budget: give --target-bpw or --target-size")
+    if budgeted and args.pure:
+        raise QjaxError("--pure is of a mix: a budget chooses each tensor's type")
+    if not budgeted and any(given is not None for given in (args.data, args.types, args.chunks)):
+        raise QjaxError("--data, --types and --chunks are for a budget: give --target-bpw or --target-size")
     wish = Wish(
         args.type or "q4_k_m",
         pure=args.pure,
@@ -180,10 +184,10 @@ def _by_mix(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
 
 def _within_budget(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
     from qjax.formats.gguf.types import type_named
-    from qjax.runs.budget import Budget, quantize_within
+    from qjax.runs.budget import CHUNKS, Budget, quantize_within
 
-    kinds = None if args.types is None else [type_named(kind) for kind in args.types.split(",")]
-    budget = Budget(args.target_bpw, args.target_size, args.data, args.chunks, kinds)
+    kinds = None if args.types is None else [type_named(kind.strip()) for kind in args.types.split(",")]
+    budget = Budget(args.target_bpw, args.target_size, args.data, args.chunks or CHUNKS, kinds)
     return quantize_within(
         args.model,
         None if args.dry_run else args.output,

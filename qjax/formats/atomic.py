@@ -7,6 +7,7 @@ target: readers see the old file or the new one, and a memory map of the old one
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -39,7 +40,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         QjaxError: the folder is missing, `path` is a directory, or the disk refuses.
     """
     target = checked_target(path)
-    temporary = target.with_name(f"{_temporary_stem(target)}{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f"{temporary_stem(target)}{secrets.token_hex(8)}.tmp")
     try:
         with refusals(path, temporary):
             with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
@@ -70,16 +71,17 @@ def check_writable(path: str | Path) -> None:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what processes left that were killed while they wrote this file; none may be writing it now."""
     target = Path(os.path.realpath(path))
-    for entry in target.parent.glob(f"{glob.escape(_temporary_stem(target))}{'[0-9a-f]' * 16}.tmp"):
+    for entry in target.parent.glob(f"{glob.escape(temporary_stem(target))}{'[0-9a-f]' * 16}.tmp"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
 
 
-def _temporary_stem(target: Path) -> str:
+def temporary_stem(target: Path) -> str:
     """How the names of a file's temporary ones begin, cut so that they stay within what file systems allow."""
-    return f".{target.name[:40]}."
+    key = hashlib.blake2b(os.fsencode(target.name), digest_size=4).hexdigest()
+    return f".{target.name[:40]}.{key}."
 
 
 @contextlib.contextmanager

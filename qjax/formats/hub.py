@@ -27,7 +27,7 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ki
 _FOLDER_FILES = re.compile(
     r"(config|generation_config|quantize_config|quant_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer\.(json|model)|tokenizer_config\.json|merges\.txt|chat_template[^/]*\.(json|jinja)"
-    r"|model\.safetensors\.index\.json"
+    r"|model\.safetensors\.index\.json|README\.md"
 )
 _FOLDER_WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 
@@ -197,14 +197,14 @@ def _terminal_bars() -> type:
 def _cached(wish: HubId) -> Path | QjaxError | None:
     """What was fetched before; an error if that is no whole model, None if it is nothing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # No pattern: it shall not look for files that were never asked for.
         folder = Path(snapshot_download(wish.repo, revision=wish.revision, local_files_only=True, allow_patterns=[]))
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         return folder / needed_files(names, wish)[1]
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     except QjaxError as error:
         return error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from qjax.errors import QjaxError
-from qjax.formats.atomic import checked_target, install, refusals, sync_folder
+from qjax.formats.atomic import checked_target, install, refusals, sync_folder, temporary_stem
 
 try:
     import fcntl
@@ -104,11 +104,8 @@ def write_files(path: str | Path, files: Sequence[FileToWrite], resume: Resume |
 
 def _folder(target: Path, resume: Resume | None) -> Path:
     """Where the files are made: always the same for one target if the run may go on."""
-    # The name is cut so that it stays within what file systems allow.
-    if resume is None:
-        return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
-    key = hashlib.blake2b(os.fsencode(target.name), digest_size=4).hexdigest()
-    return target.with_name(f".{target.name[:40]}.{key}.partial")
+    end = f"{secrets.token_hex(8)}.tmp" if resume is None else "partial"
+    return target.with_name(f"{temporary_stem(target)}{end}")
 
 
 @contextlib.contextmanager

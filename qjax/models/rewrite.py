@@ -219,9 +219,14 @@ def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effor
         packed = read_array(source, tensor.name, apply_scale=False)
         w = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     check_finite(tensor.name, w)
-    if tensor.target == "F32":
-        return w.astype(np.float32).view(np.uint8)
-    return encode(tensor.target, w, importance, effort)
+    return encoded(tensor.target, w, importance, effort)
+
+
+def encoded(kind: str, w: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "normal") -> np.ndarray:
+    """Bytes of floats in any type that there is an encoder for, or F32."""
+    if kind == "F32":
+        return np.ascontiguousarray(w, np.float32).view(np.uint8)
+    return encode(kind, w, importance, effort)
 
 
 def convert(

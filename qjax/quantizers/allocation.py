@@ -4,6 +4,7 @@ Losses add up (KL divergences of independent small errors do), so this is the mu
 to a ten-thousandth of the optimum by SciPy's HiGHS.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 
 
 class Choice(NamedTuple):
@@ -49,6 +50,10 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
+    if found.status == 1:
+        warnings.warn(
+            f"the best types were not found within {_SECONDS:.0f} s: these may lose more", QjaxWarning, stacklevel=2
+        )
     if found.x is None:
         raise QjaxError(f"no choice of types was found for {budget:,} bytes: {found.message}")
     chosen = {names[tensor[i]]: flat[i] for i in np.flatnonzero(found.x > 0.5)}

@@ -15,10 +15,10 @@ def _train(path: Path, resume: bool) -> Path:
     return train_from_config(path, resume=resume)
 
 
-def _quantize(path: Path, _: bool) -> Path:
+def _quantize(path: Path, resume: bool) -> Path:
     from qjax.runs.quantize_config import quantize_from_config
 
-    return quantize_from_config(path)
+    return quantize_from_config(path, fresh=not resume)
 
 
 RUNNERS: dict[str, Callable[[Path, bool], Path]] = {"train": _train, "quantize": _quantize}

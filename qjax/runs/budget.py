@@ -23,15 +23,17 @@ from qjax.calibrate.fisher import each, fisher
 from qjax.calibrate.own_text import own_text
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import Divergence, divergence, read_base, save_base
-from qjax.formats.gguf.arrays import FLOAT_TYPES
+from qjax.formats.atomic import check_writable
 from qjax.formats.gguf.imatrix import Importances, read_imatrix, write_imatrix
 from qjax.formats.gguf.mixes import mixes
 from qjax.formats.gguf.places import is_quantizable
 from qjax.formats.gguf.plan import Wish, plan
+from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, header_nbytes
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
 from qjax.models.chunks import begun, chunks_of
+from qjax.models.rewrite import check_encodable, plan_mix
 from qjax.quantizers.ggml import Effort
 from qjax.runs.console import progress_bar
 from qjax.runs.quantize import dry_run, quantize_file
@@ -57,6 +59,12 @@ class Budget:
     data: str | None = None
     chunks: int = CHUNKS
     types: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bpw is not None and not 0 < self.bpw < math.inf:
+            raise QjaxError(f"expected a positive number of bits a weight, got {self.bpw}")
+        if self.chunks < 1:
+            raise QjaxError(f"expected at least one chunk, got {self.chunks}")
 
 
 class Found(NamedTuple):
@@ -90,8 +98,14 @@ def look(model: api.Model, chunks: Int32[np.ndarray, "chunks n_ctx"], dataset: s
 
 
 def candidates(source: Source, wish: Wish, kinds: Sequence[str] | None) -> dict[str, list[str]]:
-    """The types that each matrix may get: what the user fixed by name, else those whose blocks its rows fill."""
-    fixed = {"token_embd.weight": wish.embedding_type, "output.weight": wish.output_type}
+    """The types that each matrix may get: what the user fixed by name, else those whose blocks its rows fill.
+
+    Raises:
+      QjaxError: none is left; a type without an encoder.
+    """
+    # Of tied embeddings the output's type is the embedding's.
+    tied = None if "output.weight" in source.tensors else wish.output_type
+    fixed = {"token_embd.weight": wish.embedding_type or tied, "output.weight": wish.output_type}
     by_wish = plan(source, wish)
     found = {}
     for name, info in source.tensors.items():
@@ -100,7 +114,12 @@ def candidates(source: Source, wish: Wish, kinds: Sequence[str] | None) -> dict[
         if fixed.get(name) or any(re.search(pattern, name, re.IGNORECASE) for pattern, _ in wish.overrides):
             found[name] = [by_wish[name]]
         else:
-            found[name] = list(kinds or (BLOCKED if info.shape[-1] % _SUPER_BLOCK else SUPER_BLOCKED))
+            wanted = kinds or (BLOCKED if info.shape[-1] % _SUPER_BLOCK else SUPER_BLOCKED)
+            found[name] = [kind for kind in wanted if info.shape[-1] % GGML_TYPES[kind].block_size == 0]
+        if not found[name]:
+            raise QjaxError(f"{source.path}: {name} has rows of {info.shape[-1]}: none of the types has such blocks")
+        for kind in found[name]:
+            check_encodable(source.path, name, kind)
     return found
 
 
@@ -148,7 +167,7 @@ def within(
 
 def _mix_like(kind: str) -> str:
     """The mix whose number stands in a file of mostly this type: the middle one of several."""
-    alike = [name for name, mix in mixes().items() if mix.base == kind and kind not in FLOAT_TYPES]
+    alike = [name for name, mix in mixes().items() if mix.base == kind]
     return next((name for name in alike if name.endswith("_m")), alike[0] if alike else "q8_0")
 
 
@@ -175,6 +194,13 @@ def quantize_within(
     """
     source = open_source(locate(name))
     given = None if imatrix is None else read_imatrix(imatrix)
+    # What would be refused after hours is refused now.
+    plan_mix(source, wish, requantize=options.get("requantize", False))
+    room(source, candidates(source, wish, budget.types), budget)
+    if target is not None:
+        check_writable(target)
+        if Path(target).exists() and any(Path(target).samefile(file) for file in source.files):
+            raise QjaxError(f"{target}: is the file that is read: name another one")
     chunks = None
     if given is not None and given.row_sums:
         known = given
@@ -217,5 +243,6 @@ def measured(base: str | Path, made: str, chunks: Int32[np.ndarray, "chunks n_ct
         # The chunks begin with BOS already, where the model has one.
         model = api.load(base)
         save_base(path, model.params, model.config, chunks, bos_id=None, progress=step)
+        del model
         model = api.load(made)
         return divergence(model.params, model.config, read_base(path, model.config), bos_id=None, progress=step)

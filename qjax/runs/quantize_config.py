@@ -13,7 +13,7 @@ from qjax.runs.quantize import quantize_file
 from qjax.runs.sizes import parse_size
 
 
-def quantize_from_config(path: Path) -> Path:
+def quantize_from_config(path: Path, *, fresh: bool = False) -> Path:
     """Does the run of a config file of kind "quantize"; returns the path of the file that it made.
 
     Raises:
@@ -37,7 +37,7 @@ def quantize_from_config(path: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     imatrix = None if config.imatrix is None else base / config.imatrix
     if budget is not None:
-        quantize_within(source, output, wish, budget, imatrix=imatrix, requantize=config.allow_requantize)
+        quantize_within(source, output, wish, budget, imatrix=imatrix, requantize=config.allow_requantize, fresh=fresh)
         return output
     with progress_bar(f"writing {output}") as advance:
         quantize_file(
@@ -46,6 +46,7 @@ def quantize_from_config(path: Path) -> Path:
             wish,
             imatrix=imatrix,
             requantize=config.allow_requantize,
+            fresh=fresh,
             progress=lambda name: advance(note=name),
         )
     return output

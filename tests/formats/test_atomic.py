@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.formats.atomic import atomic_file, check_writable, remove_leftovers
+from qjax.formats.atomic import atomic_file, check_writable, remove_leftovers, temporary_stem
 
 
 @pytest.fixture
@@ -135,7 +135,8 @@ def test_errors_of_the_flush_are_seen(target, monkeypatch):
 
 
 def test_leftovers_of_this_file_alone_are_removed(target):
-    mine, others = ".file.bin.0123456789abcdef.tmp", (".file.bin.tmp", ".other.bin.0123456789abcdef.tmp", "file.bin")
+    stem = temporary_stem(target)
+    mine, others = f"{stem}0123456789abcdef.tmp", (f"{stem}tmp", ".file.bin.0123456789abcdef.tmp", "file.bin")
     for name in (mine, *others):
         (target.parent / name).write_bytes(b"half")
     (target.parent / f"{mine[:-5]}0.tmp").mkdir()

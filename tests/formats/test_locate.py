@@ -22,7 +22,7 @@ SHARDS = [f"big-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
 FOLDER = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 FOLDER += ["chat_template.jinja", "model.safetensors.index.json"]
 FOLDER += [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
-OTHERS = ["README.md", "pytorch_model.bin", "original/consolidated.00.pth", "model.onnx", "onnx/config.json"]
+OTHERS = ["pytorch_model.bin", "original/consolidated.00.pth", "model.onnx", "onnx/config.json"]
 OTHERS += ["consolidated.safetensors", "training_args.bin"]
 
 

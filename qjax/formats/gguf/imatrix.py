@@ -61,9 +61,9 @@ class Importances(NamedTuple):
         Raises:
           FormatError: an importance of another length than its weight's rows, or of another number of experts.
         """
-        found, missing = {}, []
+        found, missing, means = {}, [], self.of
         for name, shape in weights.items():
-            values = self.of.get(name)
+            values = means.get(name)
             columns = (*shape[:-2], shape[-1])
             if values is not None and values.size != math.prod(columns):
                 raise FormatError(
@@ -95,7 +95,7 @@ def read_imatrix(path: str | Path) -> Importances:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = _from_gguf(open_gguf(path)) if magic == b"GGUF" else _from_dat(path)
-    for name, sums in (*found.sums.items(), *found.row_sums.items()):
+    for name, sums in (*found.sums.items(), *found.counts.items(), *found.row_sums.items()):
         if not np.isfinite(sums).all() or (sums < 0).any():
             raise FormatError(f"{path}: the importance of {name} has numbers that are negative or not finite")
     if not found.sums:
@@ -164,6 +164,8 @@ def merge(parts: Sequence[Importances], *, chunk_size: int) -> Importances:
             sums[name] = sums[name] + more if name in sums else more
             counts[name] = counts[name] + count if name in counts else count
         for name, values in part.row_sums.items():
+            if name in rows and rows[name].shape != values.shape:
+                raise FormatError(f"{name}: rows of {rows[name].shape} and {values.shape} are of two models")
             rows[name] = rows.get(name, 0.0) + values.astype(np.float64)
     most = max((int(count.max()) for count in counts.values()), default=0)
     datasets = tuple(dataset for part in parts for dataset in part.datasets)

@@ -91,7 +91,8 @@ def shard_paths(path: Path, header: Header) -> list[Path]:
             f"{path}: the name says {name_count} shards, split.count in the file says {header_count}: "
             "the shards are of different models, or misnamed"
         )
-    paths = [shard_path(path.with_name(named["stem"]), n, name_count) for n in range(name_count)]
+    # The stem as it is: gguf-split lets it end in .gguf too.
+    paths = [path.with_name(f"{named['stem']}-{n:05d}-of-{name_count:05d}.gguf") for n in range(1, name_count + 1)]
     present = {entry.name for entry in path.parent.iterdir()}
     missing = [p.name for p in paths if p.name not in present]
     if path in paths and not missing:

@@ -108,7 +108,7 @@ def read_config(path: Path) -> Config:
     values = read_object(path)
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHS:
+    if not isinstance(name, str) or name not in ARCHS:
         raise UnsupportedError(f"{path}: architecture {shown(str(name))} is not known; known are {', '.join(ARCHS)}")
     config = Config(path, name, values)
     quantized = config.get("quantization_config")

@@ -57,8 +57,13 @@ def read_metadata(
 def _add_card(writer: gguf.GGUFWriter, folder: Path, parameters: int) -> None:
     """Name, author, license and the like: by README.md, generation_config.json and the folder's name."""
     try:
-        card = gguf.Metadata.load(None, folder.resolve(), None, parameters)
-        card.name = card.name or folder.resolve().name
+        place = folder.resolve()
+        # In the Hub's cache a folder is named after its commit, and two above it is models--OWNER--NAME.
+        cached = place.parent.name == "snapshots"
+        name = place.parent.parent.name.rpartition("--")[2] if cached else None
+        card = gguf.Metadata.load(None, place, name, parameters)
+        card.name = card.name or place.name
+        card.finetune = None if card.finetune == place.name else card.finetune
         card.size_label = card.size_label or gguf.size_label(parameters, parameters, 0, 0)
         card.set_gguf_meta_model(writer)
     # A card is written by hand: broken ones make the package raise whatever Python raises.
@@ -107,6 +112,8 @@ def _add_window(writer: gguf.GGUFWriter, config: Config) -> None:
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         unlimited = sum(kind != "sliding_attention" for kind in kinds)
+    if type(unlimited) is not int or unlimited < 0:
+        raise FormatError(f"{config.path}: max_window_layers is {unlimited!r:.40}, expected a number of layers")
     if unlimited == 0:
         writer.add_sliding_window(window)
     elif unlimited < layers:
