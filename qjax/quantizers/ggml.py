@@ -129,9 +129,9 @@ def encode(
         matrices [*matrices, out, n] (experts) that are multiplied with different things. Types that do not search do
         without.
       effort: "normal" makes what ggml makes; "high" searches on from there, for blocks of no larger and mostly a
-        smaller sum of importance * (decoded - w)^2, the importance being 1 where there is none. For Q2_K the terms are
-        times sqrt(2 * mean(w^2) + w^2), the mean over the block: measured, so a model's predictions end nearer to those
-        of the floats, unlike with more bits. Types not in `HIGH` are the same by both.
+        smaller sum of importance * (decoded - w)^2, the importance being 1 where there is none. For Q2_K and Q3_K the
+        terms are times sqrt(2 * mean(w^2) + w^2), the mean over the block: measured, so a model's predictions end
+        nearer to those of the floats, unlike with more bits. Types not in `HIGH` are the same by both.
 
     Raises:
       QjaxError: an unknown type or effort, rows that are no whole number of blocks, or an importance of another length

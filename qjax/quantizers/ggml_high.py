@@ -297,7 +297,9 @@ HIGH: Mapping[str, High] = MappingProxyType(
             scales=(0.8, 1.05, 5),
             minimums=(0.8, 1.05, 4),
         ),
-        "Q3_K": High(16, -4, 3, 4, ratios=(0.6, 1.3), integers=(-32, 31), packing="q3_k", scales=(0.85, 1.1, 9)),
+        "Q3_K": High(
+            16, -4, 3, 4, magnitude=True, ratios=(0.6, 1.3), integers=(-32, 31), packing="q3_k", scales=(0.85, 1.1, 9)
+        ),
         "Q4_K": High(
             32,
             0,

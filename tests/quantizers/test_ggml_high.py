@@ -61,7 +61,7 @@ def errors(kind: str, blocks: np.ndarray, w: np.ndarray, importance: np.ndarray 
     assert np.isfinite(decoded).all()
     terms = (decoded - w) ** 2 * (1.0 if importance is None else importance)
     squares = w.astype(np.float64).reshape(-1, block_size(kind)) ** 2
-    if kind == "Q2_K":
+    if kind in ("Q2_K", "Q3_K"):
         terms *= np.sqrt(2 * squares.mean(axis=1, keepdims=True) + squares).reshape(w.shape)
     return terms.reshape(squares.shape).sum(axis=1)
 
