@@ -1,7 +1,7 @@
 """Float matrices to the blocks of any ggml type with an encoder, by the importance of each column if that is known.
 
-Rows go a piece at a time through one compiled program, as many side by side as there are cores: what a search holds stays in cache, and
-memory beside the result is that of a few pieces.
+Rows go a piece at a time through one compiled program, as many side by side as there are cores: what a search holds
+stays in cache, and memory beside the result is that of a few pieces.
 """
 
 import functools
