@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from vs_llamacpp_report import table
 
-from qjax.api import Model, load
+from qjax.api import load
 from qjax.errors import QjaxWarning
 from qjax.evaluate.divergence import read_base, save_base, score_against
 from qjax.formats.gguf import open_gguf
@@ -29,15 +29,11 @@ from qjax.models.chunks import chunks_of
 from qjax.runs.quantize import quantize_file
 
 
-def bos(model: Model) -> int | None:
-    return model.tokenizer.bos_id if model.tokenizer.add_bos else None
-
-
 def divergences(path: Path, base: Path) -> np.ndarray:
     """[chunks, tokens]"""
     model = load(path)
     predictions = read_base(base, model.config)
-    options = {"bos_id": bos(model), "chunks": None, "activations": "float", "progress": None}
+    options = {"bos_id": model.tokenizer.first_id, "chunks": None, "activations": "float", "progress": None}
     return score_against(model.params, model.config, predictions, **options).kld
 
 
@@ -84,8 +80,8 @@ def main() -> None:
         base, out = Path(folder) / "base.kld", Path(folder) / "made.gguf"
         model = load(args.model)
         ids = model.encode(args.data.read_text())
-        chunks = chunks_of(model.config, ids, n_ctx=args.ctx, bos_id=bos(model), chunks=args.chunks)
-        save_base(base, model.params, model.config, chunks, bos_id=bos(model))
+        chunks = chunks_of(model.config, ids, n_ctx=args.ctx, bos_id=model.tokenizer.first_id, chunks=args.chunks)
+        save_base(base, model.params, model.config, chunks, bos_id=model.tokenizer.first_id)
         for mix in args.types:
             for imatrix in [None] if args.imatrix is None else [None, args.imatrix]:
                 first: tuple[np.ndarray, float] | None = None

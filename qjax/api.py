@@ -146,6 +146,11 @@ def quantizer(type_name: str) -> Make:
     return make
 
 
+def _names_mix(kind: str) -> bool:
+    """Whether this is a mix; of a name that is a plain type's too, such as q4_0, every matrix gets that type."""
+    return kind.lower() not in PLAIN_TYPES and is_mix(kind)
+
+
 def _by_mix(file: Source, mix: str, imatrix: str | Path | None, effort: Effort) -> Make:
     """`make` that gives each matrix the type which a mix has for it, by its importance if there is one."""
     types = plan(file, Wish(mix, imatrix=imatrix is not None))
@@ -188,7 +193,7 @@ def load(
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
     make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
-    if mix is not None and (mix.lower() in PLAIN_TYPES or not is_mix(mix)):
+    if mix is not None and not _names_mix(mix):
         make, mix = quantizer(mix), None
     if imatrix is not None and mix is None:
         raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
@@ -247,7 +252,7 @@ def convert(
     """
     opened = open_source(locate(source))
     output = rewrite.Output(split_max_bytes, fresh, resumed)
-    if quantize is not None and quantize.lower() not in PLAIN_TYPES and is_mix(quantize):
+    if quantize is not None and _names_mix(quantize):
         files, _ = rewrite.convert_to_mix(opened, target, Wish(quantize), output=output, progress=progress)
     else:
         files = rewrite.convert(opened, target, quantize=quantize, output=output, progress=progress)

@@ -170,7 +170,7 @@ def _predictions(base: Candidate | Path, text: str, folder: Path | None, options
 
 def _saved(base: Candidate, text: str, path: Path, options: _Options) -> _Predictions:
     model = base.open()
-    bos = _bos(model)
+    bos = model.tokenizer.first_id
     n_ctx = options.n_ctx or DEFAULT_CTX
     cut = chunks_of(model.config, model.encode(text), n_ctx=n_ctx, bos_id=bos, chunks=options.chunks)
     start = time.perf_counter()
@@ -201,7 +201,7 @@ def _measured(candidate: Candidate, text: str, predictions: _Predictions, option
         model.params,
         model.config,
         base,
-        bos_id=_bos(model),
+        bos_id=model.tokenizer.first_id,
         chunks=options.chunks,
         activations=options.activations,
         progress=lambda *done: options.progress(candidate.name, *done),
@@ -210,10 +210,6 @@ def _measured(candidate: Candidate, text: str, predictions: _Predictions, option
         # Of what the base finds least likely the file knows a bound only.
         scores = scores._replace(base_loss=predictions.losses)
     return _row(candidate, model, scores, time.perf_counter() - start, is_base=False)
-
-
-def _bos(model: LanguageModel) -> int | None:
-    return model.tokenizer.bos_id if model.tokenizer.add_bos else None
 
 
 def _row(candidate: Candidate, model: LanguageModel, scores: Scores, seconds: float, is_base: bool) -> Row:

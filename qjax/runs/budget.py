@@ -80,7 +80,7 @@ def chunks_for(model: api.Model, budget: Budget) -> Int32[np.ndarray, "chunks n_
     Raises:
       QjaxError: see `read_text` and `chunks_of`.
     """
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    bos = model.tokenizer.first_id
     n_ctx = min(N_CTX, model.config.context)
     if budget.data is None:
         with progress_bar("the model writes") as advance:
@@ -143,21 +143,25 @@ def room(source: Source, of: Mapping[str, Any], budget: Budget) -> int:
 
 
 def within(
-    source: Source, wish: Wish, budget: Budget, known: Importances, columns: Importances, effort: Effort
+    source: Source,
+    of: Mapping[str, Sequence[str]],
+    nbytes: int,
+    known: Importances,
+    columns: Importances,
+    effort: Effort,
 ) -> Found:
-    """The wish with a type for each matrix by name, so that all fit the budget and lose least.
+    """The wish with a type for each matrix by name, so that all fit `nbytes` and lose least.
 
     Args:
+      of: see `candidates`.
       known: with Fisher information. columns: what encoders weight by. effort: of theirs.
 
     Raises:
       QjaxError: the budget is too small, or nothing is known of a matrix.
     """
-    of = candidates(source, wish, budget.types)
-    left = room(source, of, budget)
     with progress_bar("types tried", total=len(of)) as advance:
         tried = choices(source, of, each(known), columns.of, effort=effort, progress=lambda name: advance(note=name))
-    best = fit(tried, left)
+    best = fit(tried, nbytes)
     weights = Counter[str]()
     for name, kind in best.types.items():
         weights[kind] += math.prod(source.tensors[name].shape)
@@ -196,7 +200,8 @@ def quantize_within(
     given = None if imatrix is None else read_imatrix(imatrix)
     # What would be refused after hours is refused now.
     plan_mix(source, wish, requantize=options.get("requantize", False))
-    room(source, candidates(source, wish, budget.types), budget)
+    of = candidates(source, wish, budget.types)
+    left = room(source, of, budget)
     if target is not None:
         check_writable(target)
         if Path(target).exists() and any(Path(target).samefile(file) for file in source.files):
@@ -211,7 +216,7 @@ def quantize_within(
         chunks = chunks_for(model, budget)
         known = look(model, chunks, budget.data or OWN_TEXT)
         del model
-    found = within(source, wish, budget, known, given or known, effort)
+    found = within(source, of, left, known, given or known, effort)
     expected = {"expected_kld": found.expected}
     if target is None:
         return {**dry_run(name, found.wish, requantize=options.get("requantize", False)), **expected}

@@ -72,7 +72,7 @@ def calibrate(
     )
     before = _resumed(partial, stamp) if partial.exists() and not fresh else nothing(ctx, (str(data),))
     model = open_model(str(source))
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    bos = model.tokenizer.first_id
     cut = begun(chunks_of(model.config, model.encode(text), n_ctx=ctx, bos_id=bos, chunks=chunks), bos)
     if fresh:
         partial.unlink(missing_ok=True)

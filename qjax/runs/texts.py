@@ -134,7 +134,7 @@ def measure_perplexity(
     Raises:
       QjaxError: see `perplexity` and `read_base`; the base file is of another text.
     """
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    bos = model.tokenizer.first_id
     ids: Sequence[int] = model.encode(text)
     if kl_base is not None:
         return _against_base(

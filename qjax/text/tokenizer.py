@@ -70,6 +70,11 @@ class Tokenizer:
         """
         return cls(read_vocabulary(metadata))
 
+    @property
+    def first_id(self) -> int | None:
+        """What every text that the model sees begins with: BOS, or None where the model wants none."""
+        return self.bos_id if self.add_bos else None
+
     def encode(self, text: str, add_bos: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
