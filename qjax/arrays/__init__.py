@@ -13,4 +13,9 @@ from qjax.arrays.partition import Partitioned as Partitioned
 from qjax.arrays.partition import partition as partition
 from qjax.arrays.planes import Plane as Plane
 from qjax.arrays.raw_blocks import RawBlockArray as RawBlockArray
+from qjax.arrays.scheme import Scheme as Scheme
+from qjax.arrays.scheme import affine as affine
+from qjax.arrays.scheme import codes_of as codes_of
+from qjax.arrays.scheme import parse_scheme as parse_scheme
+from qjax.arrays.transformed import TransformedArray as TransformedArray
 from qjax.arrays.two_level import TwoLevelArray as TwoLevelArray

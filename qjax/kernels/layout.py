@@ -5,13 +5,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.arrays import serves_lanes, to_lanes
+from qjax.arrays import TransformedArray, serves_lanes, to_lanes
 from qjax.arrays.planes import Plane
 from qjax.kernels import native
 
 
 def lay_out(name: str, array: Any) -> Any:
     """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter."""
+    if isinstance(array, TransformedArray):
+        return array.replace(inner=lay_out(name, array.inner))  # pyright: ignore[reportAttributeAccessIssue]
     if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.knows(array) and native.available():
         return to_lanes(array, _repack, native.empty)
     return array

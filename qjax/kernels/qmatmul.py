@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.arrays import GroupedArray, LaneBlockedArray, Partitioned, QuantizedArray
 from qjax.arrays.base import take_rows
+from qjax.arrays.transformed import TransformedArray, rounded
 from qjax.kernels import native
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
 from qjax.kernels.native import matmul_native, matmuls_native, serves
@@ -95,6 +96,8 @@ def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel
     """
     if activations not in get_args(Activations):
         raise ValueError(f"expected activations of {get_args(Activations)}, got {activations!r}")
+    if isinstance(weight, TransformedArray):
+        weight = weight.inner
     for kernel in KERNELS:
         if kernel.serves(weight, rows, activations):
             return kernel
@@ -158,6 +161,8 @@ def qmatmul(
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"expected x with {weight.shape[-1]} columns for weight {weight.shape}, got {x.shape}")
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if isinstance(weight, TransformedArray):
+        flat, weight = rounded(flat, weight), weight.inner
     if isinstance(weight, Partitioned):
         y = _sharded(flat, weight, activations)
     else:
