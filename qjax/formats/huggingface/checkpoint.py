@@ -119,6 +119,10 @@ def _files_without_index(folder: Path) -> list[str]:
     if (folder / SINGLE).exists():
         return [SINGLE]
     found = sorted(entry.name for entry in folder.iterdir() if _SHARD.fullmatch(entry.name))
+    all_there = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"]
+    if not found and len(all_there) == 1:
+        # AutoGPTQ named files after bits and groups.
+        return all_there
     if not found:
         others = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".h5"))
         there = f"; {others[0]} is of a format that qjax does not read (it may run code)" if others else ""

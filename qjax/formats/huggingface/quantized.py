@@ -79,8 +79,8 @@ def _find(parts: Parts, said: Said) -> Packed:
     if dtype == "I8":
         return compressed_tensors.find_int8(parts, said)
     raise UnsupportedError(
-        f"{parts.where('weight')} has the dtype {dtype} beside {', '.join(parts.stored)}, which is no kind of quantized "
-        "weight that qjax knows"
+        f"{parts.where('weight')} has the dtype {dtype} beside {', '.join(parts.stored)}: no kind of quantized weight "
+        "that qjax knows"
     )
 
 
@@ -106,7 +106,7 @@ def _differences(packed: Packed, said: Said, exempt: bool, labels: Labels) -> li
     elif said.bits is not None and said.bits != bits and kind not in ("int-quantized", "bitsandbytes-int8"):
         differences.append(f"the config says {said.bits} bits; the tensors have {bits}")
     elif said.group_size is not None and kind != "fp8":
-        theirs, ours = (columns if size == -1 else size for size in (said.group_size, group))
+        theirs, ours = ("a row" if size in (-1, columns) else str(size) for size in (said.group_size, group))
         if theirs != ours:
             differences.append(f"the config says groups of {theirs}; the tensors have groups of {ours}")
     return differences
