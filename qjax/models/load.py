@@ -33,6 +33,13 @@ def layer_weights(config: ModelConfig) -> tuple[str, ...]:
     return (*MATRICES, *NORMS, *(QK_NORMS if config.qk_norm else ()))
 
 
+def layer_tensors(file: Source, config: ModelConfig, i: int) -> dict[str, str]:
+    """What `models.forward.layer` calls each weight of layer i, and its name in the file."""
+    biases = {f"{name}_bias": f"blk.{i}.{name}.bias" for name in MATRICES}
+    there = {key: name for key, name in biases.items() if name in file.tensors}
+    return {name: f"blk.{i}.{name}.weight" for name in layer_weights(config)} | there
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that may be in a file, by its GGUF name."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -214,13 +221,20 @@ def load_gguf(
         progress(name)
         return array
 
-    def layer(i: int) -> dict[str, Any]:
-        p = {name: get(f"blk.{i}.{name}.weight") for name in layer_weights(config)}
-        for name in MATRICES:
-            if f"blk.{i}.{name}.bias" in file.tensors:
-                p[f"{name}_bias"] = get(f"blk.{i}.{name}.bias")
-        return p
+    params = read_ends(file, config, get)
+    params["rope"] = place("rope", jax.device_put(params["rope"]))
+    params["layers"] = [
+        {key: get(name) for key, name in layer_tensors(file, config, i).items()} for i in range(config.layers)
+    ]
+    return params, config
 
+
+def read_ends(file: Source, config: ModelConfig, get: Callable[[str], Any]) -> dict[str, Any]:
+    """The params outside of the layers: what `get` gives for each tensor's name, and "rope" on the host.
+
+    Raises:
+      FormatError: factors of the rotary frequencies that are not positive.
+    """
     params = {key: get(name) for name, key in TOP.items() if name in file.tensors}
     factors = None
     if "rope_freqs.weight" in file.tensors:
@@ -228,6 +242,5 @@ def load_gguf(
         if not (factors > 0).all():
             raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has numbers that are not positive")
         params["rope_factors"] = factors
-    params["rope"] = place("rope", jax.device_put(inverse_frequencies(config, factors)))
-    params["layers"] = [layer(i) for i in range(config.layers)]
-    return params, config
+    params["rope"] = inverse_frequencies(config, factors)
+    return params
