@@ -33,11 +33,16 @@ def layer_weights(config: ModelConfig) -> tuple[str, ...]:
     return (*MATRICES, *NORMS, *(QK_NORMS if config.qk_norm else ()))
 
 
+def layer_tensor(i: int, key: str) -> str:
+    """The name in a file of what `models.forward.layer` calls `key` in layer i."""
+    return f"blk.{i}.{key.removesuffix('_bias')}.bias" if key.endswith("_bias") else f"blk.{i}.{key}.weight"
+
+
 def layer_tensors(file: Source, config: ModelConfig, i: int) -> dict[str, str]:
-    """What `models.forward.layer` calls each weight of layer i, and its name in the file."""
-    biases = {f"{name}_bias": f"blk.{i}.{name}.bias" for name in MATRICES}
-    there = {key: name for key, name in biases.items() if name in file.tensors}
-    return {name: f"blk.{i}.{name}.weight" for name in layer_weights(config)} | there
+    """The name in the file of each weight of layer i."""
+    keys = (*layer_weights(config), *(f"{name}_bias" for name in MATRICES))
+    names = {key: layer_tensor(i, key) for key in keys}
+    return {key: name for key, name in names.items() if not key.endswith("_bias") or name in file.tensors}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -165,8 +170,7 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
             yield from split(name, params[key])
     for i, p in enumerate(params["layers"]):
         for key, array in p.items():
-            suffix = f"{key.removesuffix('_bias')}.bias" if key.endswith("_bias") else f"{key}.weight"
-            yield from split(f"blk.{i}.{suffix}", array)
+            yield from split(layer_tensor(i, key), array)
 
 
 def keep(_: str, array: Any) -> Any:
