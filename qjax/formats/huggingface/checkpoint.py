@@ -11,23 +11,18 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats.gguf.cursor import shown
 from qjax.formats.huggingface.json_files import parse_object, read_object
+from qjax.formats.huggingface.safetensors_file import NUMPY
 from qjax.formats.mapped import drop_pages, map_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Bytes of a number of each dtype.
-DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2}
-DTYPES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
-# As numpy arrays; 8-bit floats are their bits.
-_NUMPY: dict[str, Any] = {"BOOL": np.bool_, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-_NUMPY |= {"F64": np.float64, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32, "U32": np.uint32}
-_NUMPY |= {"I64": np.int64, "U64": np.uint64}
+DTYPES = {name: dtype.itemsize for name, dtype in NUMPY.items()}
 # The format's own limit.
 _LONGEST_HEADER = 100_000_000
 _SHARD = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -66,7 +61,7 @@ class Checkpoint:
 
 def as_numpy(tensor: StoredTensor, raw: UInt8[np.ndarray, " nbytes"]) -> Shaped[np.ndarray, "..."]:
     """A tensor's numbers, a view of its bytes; 8-bit floats as their bits."""
-    dtype = np.dtype(_NUMPY.get(tensor.dtype, np.uint8))
+    dtype = np.dtype(np.uint8) if tensor.dtype.startswith("F8") else NUMPY[tensor.dtype]
     # Files may put a tensor at any byte.
     aligned = raw if raw.__array_interface__["data"][0] % dtype.itemsize == 0 else raw.copy()
     return aligned.view(dtype).reshape(tensor.shape)

@@ -24,8 +24,8 @@ from qjax.arrays.codebook import E2M1_VALUES
 from qjax.arrays.planes import Plane, pack, unpack
 from qjax.arrays.scheme import BITS, layout_for
 from qjax.errors import UnsupportedError
+from qjax.formats.affine_parts import zero_or_none
 from qjax.formats.huggingface.activations import activations_of
-from qjax.formats.huggingface.affine_parts import zero_or_none
 from qjax.formats.huggingface.gptq import column_order
 from qjax.formats.huggingface.labels import Said
 from qjax.formats.huggingface.parts import FLOATS, Found, Packed, Parts

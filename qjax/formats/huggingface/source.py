@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats.gguf.arrays import from_blocks
 from qjax.formats.gguf.cursor import shown
+from qjax.formats.huggingface import native
 from qjax.formats.huggingface.checkpoint import Checkpoint, StoredTensor, as_numpy, open_checkpoint
 from qjax.formats.huggingface.config import Config, read_config
 from qjax.formats.huggingface.labels import read_labels
@@ -192,7 +193,13 @@ def _seen(checkpoint: Checkpoint, config: Config, path: Path) -> dict[str, Folde
     """The checkpoint's tensors under GGUF's names, in its order."""
     shapes, heads = matrix_shapes(config), heads_of(config)
     stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not DERIVED.fullmatch(name)}
-    modules = {name: held for name, held in by_module(stored).items() if not OUTPUT_SCALES.issuperset(held)}
+    described = native.descriptions(dict.fromkeys(tensor.path for tensor in checkpoint.tensors.values()))
+    own = native.leaf_names(described.values())
+    apart = {name: tensor for name, tensor in stored.items() if name not in own}
+    modules = {name: held for name, held in by_module(apart).items() if not OUTPUT_SCALES.issuperset(held)}
+    ours = {name.removesuffix(".weight"): native.find(checkpoint, name, described[name], path) for name in described}
+    for module, found in ours.items():
+        modules.setdefault(module, {})["weight"] = next(iter(found.parts.values()))
     where: dict[str, tuple[Place, ...]] = {}
     quantized: dict[str, Parts] = {}
     for module, held in modules.items():
@@ -204,11 +211,15 @@ def _seen(checkpoint: Checkpoint, config: Config, path: Path) -> dict[str, Folde
         whole = [shapes.get(place.part) for place in where[module]]
         shape = (sum(shape[0] for shape in whole if shape is not None), whole[0][1] if whole[0] else 0)
         parts = Parts(module, held, checkpoint.raw, shape)
+        if module in ours and ours[module].shape != shape:
+            raise FormatError(f"{parts.where()} has the shape {ours[module].shape}, expected {shape} by config.json")
+        if module in ours:
+            continue
         if whole[0] is not None and is_packed(parts):
             quantized[module] = parts
         elif whole[0] is None and not {"weight", "bias"}.issuperset(held):
             raise UnsupportedError(f"{parts.where()} has {', '.join(held)}; only matrices can be quantized")
-    packed = find_packed(quantized, read_labels(path, config.values))
+    packed = find_packed(quantized, read_labels(path, config.values)) | ours
     tensors = {}
     for module, held in modules.items():
         for suffix in held:

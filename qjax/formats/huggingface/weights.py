@@ -102,6 +102,19 @@ def places(module: str, shapes: dict[str, tuple[int, int]]) -> tuple[Place, ...]
     return tuple(found)
 
 
+def checkpoint_name(name: str) -> str | None:
+    """A checkpoint's name of a weight, by GGUF's; None if there is none."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix not in ("weight", "bias"):
+        return None
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    known = _TOP if match is None else _IN_LAYER
+    part = next((ours for ours, theirs in known.items() if theirs == (stem if match is None else match[2])), None)
+    if part is None:
+        return None
+    return f"{part}.{suffix}" if match is None else f"model.layers.{match[1]}.{part}.{suffix}"
+
+
 def heads_of_rows(arch: str, name: str, heads: Heads) -> int | None:
     """The number of heads whose rows are to be put in order, by a weight's GGUF name; None for none."""
     match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
@@ -113,3 +126,8 @@ def heads_of_rows(arch: str, name: str, heads: Heads) -> int | None:
 def rotary_neighbours(rows: int, heads: int) -> Int64[np.ndarray, " rows"]:
     """The order of `rows` rows of `heads` heads in which rotary pairs (i, i + half) are neighbours (2i, 2i + 1)."""
     return np.arange(rows, dtype=np.int64).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def rotary_halves(rows: int, heads: int) -> Int64[np.ndarray, " rows"]:
+    """The inverse order of `rotary_neighbours`."""
+    return np.arange(rows, dtype=np.int64).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
