@@ -27,7 +27,7 @@ from jaxtyping import Array, Float32, Int32
 from qjax.arrays.affine import AffineArray
 from qjax.arrays.scheme import TENSOR, Scheme, affine
 from qjax.quantizers.columns import Chosen, choose, tied
-from qjax.quantizers.moments import squared_error
+from qjax.quantizers.input_sums import squared_error
 from qjax.quantizers.rtn import Grid, from_codes, grid_between, grid_of, to_codes
 
 N_GRID, MAX_SHRINK = 20, 0.5

@@ -6,7 +6,7 @@ import pytest
 
 from qjax.arrays import Scheme, parse_scheme
 from qjax.quantizers.awq import awq, clipped_grid, range_shares, search_scale
-from qjax.quantizers.moments import both, moments, scaled, squared_error
+from qjax.quantizers.input_sums import both, input_sums, scaled, squared_error
 from qjax.quantizers.rtn import from_codes, grid_of, rtn, to_codes
 
 
@@ -38,7 +38,7 @@ def test_search_is_the_reference_s() -> None:
         scales.append(s / np.sqrt(s.max() * s.min()))
     for s in scales:
         losses.append(np.square(x @ (numpy_rtn((w * s).astype(np.float32), group, 3) / s - w).T).sum())
-    m = moments(jnp.asarray(x))
+    m = input_sums(jnp.asarray(x))
     found = search_scale((jnp.asarray(w),), (Scheme(3, group, symmetric=False),), m.absolute / m.tokens, m.second)
     best = int(np.argmin(losses))
     assert int(found.candidate) == best > 0
@@ -51,7 +51,7 @@ def test_errors_never_grow(text: str) -> None:
     scheme = parse_scheme(text)
     for seed in range(3):
         x, w = (jnp.asarray(a) for a in layer(seed))
-        m = moments(x)
+        m = input_sums(x)
         error = lambda array, s, m=m, w=w: float(squared_error(array.dequantize() / s[None] - w, m.second))
         plain = error(rtn(w, scheme), jnp.ones(64))
         found = search_scale((w,), (scheme,), m.absolute / m.tokens, m.second)
@@ -66,7 +66,7 @@ def test_errors_never_grow(text: str) -> None:
 
 def test_clipping_never_adds_error_within_a_group() -> None:
     x, w = (jnp.asarray(a) for a in layer(5))
-    scheme, second = Scheme(3, 32), moments(x).second
+    scheme, second = Scheme(3, 32), input_sums(x).second
 
     def per_group(grid: object) -> np.ndarray:
         error = np.asarray(from_codes(to_codes(w, grid, scheme), grid, scheme) - w).reshape(48, 2, 32)
@@ -83,7 +83,7 @@ def test_a_planted_outlier_is_scaled_up() -> None:
     rng = np.random.default_rng(1)
     x, w = rng.normal(size=(300, 128)).astype(np.float32), rng.normal(size=(64, 128)).astype(np.float32)
     x[:, 37] *= 50
-    m = moments(jnp.asarray(x))
+    m = input_sums(jnp.asarray(x))
     found = search_scale((jnp.asarray(w),), (Scheme(4, 64),), m.absolute / m.tokens, m.second)
     scale = np.asarray(found.scale)
     assert scale[37] > 1
@@ -94,7 +94,7 @@ def test_a_planted_outlier_is_scaled_up() -> None:
 def test_ties_are_kept_and_silent_columns_left() -> None:
     x, w = layer(2)
     x[:, [5, 37]] = 0
-    m = moments(jnp.asarray(x))
+    m = input_sums(jnp.asarray(x))
     ties = jnp.tile(jnp.arange(32, dtype=jnp.int32), 2)
     found = search_scale((jnp.asarray(w),), (Scheme(3, 32),), m.absolute / m.tokens, m.second, ties)
     scale = np.asarray(found.scale)
@@ -106,7 +106,7 @@ def test_ties_are_kept_and_silent_columns_left() -> None:
 
 def test_matrices_of_other_schemes_share_a_scale() -> None:
     x, w = layer(3)
-    m = moments(jnp.asarray(x))
+    m = input_sums(jnp.asarray(x))
     ws, schemes = (jnp.asarray(w[:16]), jnp.asarray(w[16:])), (Scheme(3, 32), Scheme(4, -1))
     together = search_scale(ws, schemes, m.absolute / m.tokens, m.second)
     alone = [squared_error(rtn(v, s).dequantize() - v, m.second) for v, s in zip(ws, schemes, strict=True)]
@@ -115,7 +115,7 @@ def test_matrices_of_other_schemes_share_a_scale() -> None:
 
 def test_moments_are_those_of_all_tokens() -> None:
     x = layer(4)[0]
-    m = both(moments(jnp.asarray(x[:50])), moments(jnp.asarray(x[50:]).reshape(10, 15, -1)))
+    m = both(input_sums(jnp.asarray(x[:50])), input_sums(jnp.asarray(x[50:]).reshape(10, 15, -1)))
     np.testing.assert_allclose(m.absolute / m.tokens, np.abs(x).mean(0), rtol=1e-5)
     np.testing.assert_allclose(m.most, np.abs(x).max(0))
     np.testing.assert_allclose(m.second, x.T @ x, rtol=1e-4, atol=1e-2)

@@ -5,7 +5,7 @@ from typing import Any
 
 from qjax.calibrate.blocks import Block, Line, Weights
 from qjax.calibrate.methods.pairs import Pair
-from qjax.calibrate.methods.scaling import block_moments, scale_and_pack
+from qjax.calibrate.methods.scaling import block_sums, scale_and_pack
 from qjax.errors import QjaxError
 from qjax.quantizers.awq import MAX_SHRINK, N_GRID, awq, range_shares, search_scale
 
@@ -39,11 +39,11 @@ class AWQ:
             raise QjaxError(f"expected ranges to shrink by 0 to less than 1, got {self.max_shrink}")
 
     def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        moments = block_moments(block)
+        sums = block_sums(block)
         shares = range_shares(self.n_grid, self.max_shrink) if self.clip else ()
 
         def find(pair: Pair, ws: dict[str, Any], ties: Any) -> tuple[Any | None, str]:
-            of = moments[pair.names]
+            of = sums[pair.names]
             found = search_scale(
                 tuple(ws.values()),
                 tuple(block.schemes[name] for name in ws),
@@ -60,4 +60,4 @@ class AWQ:
             return found.scale, f"ratio {(chosen - 1) / self.n_grid:.2f}, error x {gain:.3f}"
 
         pack = lambda w, scheme, second: awq(w, second, scheme, shares)
-        return scale_and_pack(block, moments, find, pack, folded=self.fold)
+        return scale_and_pack(block, sums, find, pack, folded=self.fold)

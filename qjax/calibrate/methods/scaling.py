@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -11,7 +12,7 @@ from qjax.arrays import Scheme, TransformedArray
 from qjax.arrays.affine import AffineArray
 from qjax.calibrate.blocks import Block, Line, Weights
 from qjax.calibrate.methods.pairs import PAIRS, Pair, fold, foldable, of_rows, ties
-from qjax.quantizers.moments import Moments, both, moments, scaled, squared_error
+from qjax.quantizers.input_sums import InputSums, both, input_sums, scaled, squared_error
 
 # find(pair, float32 matrices that are to be packed, by their names, ties) -> scale of each column (None for ones), and
 # what to say of it.
@@ -20,13 +21,13 @@ Find = Callable[[Pair, dict[str, Any], Any], tuple[Float32[Array, " in"] | None,
 Pack = Callable[[Any, Scheme, Any], AffineArray]
 
 
-def _tap(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> Moments:
-    return moments(x)
+def _tap(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> InputSums:
+    return input_sums(x)
 
 
-def block_moments(block: Block) -> dict[tuple[str, ...], Moments]:
+def block_sums(block: Block) -> dict[tuple[str, ...], InputSums]:
     """Of each input of its products, over all calibration tokens through its float weights."""
-    total: dict[tuple[str, ...], Moments] = {}
+    total: dict[tuple[str, ...], InputSums] = {}
     for x in block.batches(block.inputs):
         _, tapped = block.run(block.weights, x, _tap)
         total = {names: both(total[names], found) if total else found for names, found in tapped.items()}
@@ -34,12 +35,12 @@ def block_moments(block: Block) -> dict[tuple[str, ...], Moments]:
 
 
 def scale_and_pack(
-    block: Block, moments: dict[tuple[str, ...], Moments], find: Find, pack: Pack, *, folded: bool
+    block: Block, sums: dict[tuple[str, ...], InputSums], find: Find, pack: Pack, *, folded: bool
 ) -> tuple[Weights, list[Line]]:
     """The block's weights, scaled pair by pair and packed, and a line for each packed one.
 
     Args:
-      moments: see `block_moments`.
+      sums: see `block_sums`.
       folded: divide what comes before by a pair's scale where that can be; else, and where it cannot, the packed
         matrices of the pair keep it as their input scale.
     """
@@ -56,7 +57,7 @@ def scale_and_pack(
         tied = ties(pair, block.config) if folds else None
         scale, note = find(pair, ours, None if tied is None else jnp.asarray(tied))
         if scale is None:
-            scale = jnp.ones_like(moments[pair.names].most)
+            scale = jnp.ones_like(sums[pair.names].most)
         elif folds:
             weights = fold(weights, pair, scale, block.config)
             rows[pair.before] = of_rows(scale, tied)
@@ -74,20 +75,12 @@ def scale_and_pack(
                 continue
             start = time.perf_counter()
             w = jnp.asarray(weights[name]).astype(jnp.float32)
-            second = scaled(moments[pair.names].second, columns[name])
+            second = scaled(sums[pair.names].second, columns[name])
             packed = pack(w, scheme, second)
-            back = rows[name][:, None] if name in rows else jnp.float32(1)
-            error, true = (packed.dequantize() - w) * back, w * back
-            line = Line(
-                block.index,
-                name,
-                str(scheme),
-                _ratio(jnp.sum(jnp.square(error)), jnp.sum(jnp.square(true))),
-                _ratio(squared_error(error, second), squared_error(true, second)),
-                spent[name] + time.perf_counter() - start,
-                notes[name],
-            )
-            lines.append(line)
+            back = rows.get(name, jnp.ones(w.shape[0], jnp.float32))
+            weight_error, output_error = map(float, _lost(packed.dequantize(), w, back, second))
+            took = spent[name] + time.perf_counter() - start
+            lines.append(Line(block.index, name, str(scheme), weight_error, output_error, took, notes[name]))
             rounding = "int8" if scheme.activations == "int8" else None
             if name in kept or rounding is not None:
                 packed = TransformedArray(packed, input_scale=kept.get(name), rounding=rounding)
@@ -95,8 +88,13 @@ def scale_and_pack(
     return weights, lines
 
 
-def _ratio(error: Any, true: Any) -> float:
-    return float(error) / float(true) if float(true) > 0 else 0.0
+@jax.jit
+def _lost(made: Any, true: Any, rows: Any, second: Any) -> tuple[Any, Any]:
+    """Of weights and of products, whose rows were over `rows`: mean squares of what is lost over those of the true."""
+    error, true = (made - true) * rows[:, None], true * rows[:, None]
+    ratio = lambda a, b: a / jnp.maximum(b, jnp.float32(1e-30))
+    squares = lambda w: jnp.sum(jnp.square(w))
+    return ratio(squares(error), squares(true)), ratio(squared_error(error, second), squared_error(true, second))
 
 
 def _as_was(weight: Any, before: Any) -> Any:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.calibrate.blocks import Block, Line, Weights
 from qjax.calibrate.methods.pairs import Pair
-from qjax.calibrate.methods.scaling import block_moments, scale_and_pack
+from qjax.calibrate.methods.scaling import block_sums, scale_and_pack
 from qjax.errors import QjaxError
 from qjax.quantizers.rtn import rtn
 from qjax.quantizers.smoothquant import ALPHAS, search_alpha, smooth_scale
@@ -33,11 +33,11 @@ class SmoothQuant:
             raise QjaxError(f"expected an alpha from 0 to 1, got {self.alpha}")
 
     def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        moments = block_moments(block)
+        sums = block_sums(block)
         some = _sample(block) if self.alpha is None else {}
 
         def find(pair: Pair, ws: dict[str, Any], ties: Any) -> tuple[Any | None, str]:
-            of, stacked = moments[pair.names], tuple(ws.values())
+            of, stacked = sums[pair.names], tuple(ws.values())
             if self.alpha is not None:
                 w_most = jnp.stack([jnp.abs(w).max(0) for w in stacked]).max(0)
                 return smooth_scale(of.most, w_most, self.alpha, ties), f"alpha {self.alpha:.2f}"
@@ -46,7 +46,7 @@ class SmoothQuant:
             chosen = int(found.candidate)
             return (None, "no scale") if chosen == 0 else (found.scale, f"alpha {ALPHAS[chosen - 1]:.2f}")
 
-        return scale_and_pack(block, moments, find, lambda w, scheme, second: rtn(w, scheme), folded=self.fold)
+        return scale_and_pack(block, sums, find, lambda w, scheme, second: rtn(w, scheme), folded=self.fold)
 
 
 def _keep(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> Float32[Array, "tokens in"]:

@@ -12,14 +12,14 @@ from qjax.arrays import QuantizedArray, Scheme, TransformedArray
 from qjax.calibrate.blocks import Block
 from qjax.calibrate.methods.awq import AWQ
 from qjax.calibrate.methods.pairs import PAIRS, Pair, fold, ties
-from qjax.calibrate.methods.scaling import block_moments
+from qjax.calibrate.methods.scaling import block_sums
 from qjax.calibrate.methods.smoothquant import SmoothQuant
 from qjax.errors import QjaxError
 from qjax.models import ModelConfig
 from qjax.models.load import MATRICES, expected_shapes, inverse_frequencies
 from qjax.quantizers.rtn import rtn
 
-METHODS = [AWQ(n_grid=4), AWQ(n_grid=4, clip=False, fold=False), SmoothQuant(), SmoothQuant(alpha=None)]
+METHODS = [AWQ(n_grid=4, clip=False, fold=False), SmoothQuant(), SmoothQuant(alpha=None)]
 
 
 def block(
@@ -97,13 +97,13 @@ def test_a_block_is_packed_and_near_what_it_was(method: Any) -> None:
 
 @pytest.mark.parametrize("kept", [("attn_k", "ffn_up", "ffn_down"), ("attn_v", "ffn_gate")])
 def test_matrices_without_a_scheme_stay_float(kept: tuple[str, ...]) -> None:
-    b = block(scheme=Scheme(8, 16), dtype=jnp.float16)
+    b = block(scheme=Scheme(3, 16), dtype=jnp.float16)
     b = dataclasses.replace(b, schemes={name: s for name, s in b.schemes.items() if name not in kept})
-    weights, lines = AWQ(n_grid=4)(b)
+    weights, lines = AWQ()(b)
     assert {line.name for line in lines} == b.schemes.keys()
     assert all(weights[name].dtype == jnp.float16 for name in kept)
     true = b.outputs(b.weights, b.inputs)
-    assert np.square(b.outputs(weights, b.inputs) - true).mean() < 1e-3 * np.square(true).mean()
+    assert np.square(b.outputs(weights, b.inputs) - true).mean() < 0.1 * np.square(true).mean()
 
 
 def test_awq_loses_less_than_rounding_to_nearest() -> None:
@@ -132,7 +132,7 @@ def leaves(weights: dict[str, Any]) -> list[Any]:
 
 def test_moments_are_of_all_samples() -> None:
     b = block()
-    found = block_moments(b)
+    found = block_sums(b)
     assert [pair.names for pair in PAIRS] == sorted(found, key=lambda names: MATRICES.index(names[0]))
     assert all(float(m.tokens) == 72 for m in found.values())
 

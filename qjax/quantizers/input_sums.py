@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 
-class Moments(NamedTuple):
+class InputSums(NamedTuple):
     """float32 tokens []: how many; absolute [in]: sum of |x|; most [in]: largest |x|; second [in, in]: sum of x x^T."""
 
     tokens: Any
@@ -21,17 +21,17 @@ class Moments(NamedTuple):
 
 
 @jax.jit
-def moments(x: Float[Array, "*tokens in"]) -> Moments:
+def input_sums(x: Float[Array, "*tokens in"]) -> InputSums:
     """Of one batch."""
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     absolute = jnp.abs(x)
-    return Moments(jnp.float32(len(x)), absolute.sum(0), absolute.max(0), x.T @ x)
+    return InputSums(jnp.float32(len(x)), absolute.sum(0), absolute.max(0), x.T @ x)
 
 
 @jax.jit
-def both(a: Moments, b: Moments) -> Moments:
+def both(a: InputSums, b: InputSums) -> InputSums:
     """Of the tokens of two; the order matters to the last bits."""
-    return Moments(a.tokens + b.tokens, a.absolute + b.absolute, jnp.maximum(a.most, b.most), a.second + b.second)
+    return InputSums(a.tokens + b.tokens, a.absolute + b.absolute, jnp.maximum(a.most, b.most), a.second + b.second)
 
 
 def scaled(second: Float32[Array, "in in"], scale: Float32[Array, " in"]) -> Float32[Array, "in in"]:
