@@ -18,7 +18,7 @@ import numpy as np
 
 from qjax.arrays import AffineArray, affine
 from qjax.errors import FormatError, UnsupportedError
-from qjax.formats.huggingface.affine_parts import SCALES, affine_parts, half_scales, zero_or_none
+from qjax.formats.affine_parts import SCALES, affine_parts, half_scales, plain_numpy, zero_or_none
 from qjax.formats.huggingface.words import checked, pack_words, unpack_words
 
 BITS = 4
@@ -90,20 +90,19 @@ def write(array: Any, facts: AWQFacts) -> dict[str, np.ndarray]:
     Raises:
       UnsupportedError: what AWQ does not hold.
     """
-    parts = affine_parts(array, "AWQ")
-    out, columns = parts.codes.shape
+    parts = affine_parts(plain_numpy(array), "AWQ")
+    (out, columns), order = parts.shape, parts.group_order()
     if parts.bits != BITS:
         raise UnsupportedError(f"AWQ has codes of 4 bits, not those of {array!r}")
-    if parts.columns is not None:
+    if order is None:
         raise UnsupportedError("AWQ has columns in their own order alone: save as gptq, or quantize without act-order")
     if out % _IN_WORD or columns % _IN_WORD:
         raise UnsupportedError(f"AWQ packs 8 rows and columns together, which {out}x{columns} is not made of")
-    codes, zeros, scale = parts.codes, parts.zeros, half_scales(parts.scale, "AWQ")
+    codes, zeros, scale = parts.codes(), parts.zeros[:, order], half_scales(parts.array.scale, "AWQ")[:, order]
     if facts.version == "gemm":
         codes, zeros, scale = _by_eights(codes.T, _ORDER), _by_eights(zeros.T, _ORDER), scale.T
     else:
-        groups = scale.shape[1]
-        padding = ((0, 0), (0, _padded_words(groups, parts.group_size) * _IN_WORD - groups))
+        padding = ((0, 0), (0, _padded_words(parts.groups, columns // parts.groups) * _IN_WORD - parts.groups))
         zeros, scale = np.pad(zeros, padding), np.pad(scale, padding)
     return {
         "qweight": pack_words(codes, BITS),

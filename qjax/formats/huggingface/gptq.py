@@ -27,7 +27,7 @@ from jaxtyping import Int32, Integer, UInt8
 
 from qjax.arrays import AffineArray, TransformedArray, affine
 from qjax.errors import FormatError, UnsupportedError
-from qjax.formats.huggingface.affine_parts import SCALES, affine_parts, half_scales, zero_or_none
+from qjax.formats.affine_parts import SCALES, affine_parts, half_scales, plain_numpy, zero_or_none
 from qjax.formats.huggingface.words import checked, pack_words, unpack_words, words_for
 
 BITS = (2, 3, 4, 8)
@@ -88,11 +88,11 @@ def write(array: Any, facts: GPTQFacts) -> dict[str, np.ndarray]:
     Raises:
       UnsupportedError: what GPTQ, or this version, does not hold.
     """
-    parts = affine_parts(array, "GPTQ")
+    parts = affine_parts(plain_numpy(array), "GPTQ")
     bits, zeros = parts.bits, parts.zeros
     if bits != facts.bits:
         raise UnsupportedError(f"GPTQ of {facts.bits} bits cannot hold {array!r}")
-    out, columns = parts.codes.shape
+    out, columns = parts.shape
     if columns % 32 or out % 32:
         raise UnsupportedError(f"GPTQ packs 32 rows and columns together, which {out}x{columns} is not made of")
     if facts.version == 1 and not (zeros > 0).all():
@@ -100,14 +100,11 @@ def write(array: Any, facts: GPTQFacts) -> dict[str, np.ndarray]:
             "GPTQ version 1 stores zero points less 1, and readers differ on those of 0, as here: save as gptq_v2"
         )
     stored = zeros - np.uint8(1) if facts.version == 1 else zeros
-    g_idx = np.arange(columns, dtype=np.int32) // np.int32(parts.group_size)
-    if parts.columns is not None:
-        g_idx[parts.columns] = g_idx.copy()
     return {
-        "qweight": np.ascontiguousarray(pack_words(parts.in_order(), bits).T),
+        "qweight": np.ascontiguousarray(pack_words(parts.codes(), bits).T),
         "qzeros": pack_words(stored.T, bits),
-        "scales": np.ascontiguousarray(half_scales(parts.scale, "GPTQ").T),
-        "g_idx": g_idx,
+        "scales": np.ascontiguousarray(half_scales(parts.array.scale, "GPTQ").T),
+        "g_idx": parts.group_of_columns(),
     }
 
 

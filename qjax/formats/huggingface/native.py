@@ -18,9 +18,9 @@ import numpy as np
 
 from qjax.arrays import Plane, QuantizedArray, TransformedArray
 from qjax.errors import FormatError
+from qjax.formats.affine_parts import plain_numpy
 from qjax.formats.atomic import atomic_file
 from qjax.formats.gguf.cursor import shown
-from qjax.formats.huggingface.affine_parts import plain_numpy
 from qjax.formats.huggingface.checkpoint import Checkpoint, read_header
 from qjax.formats.huggingface.json_files import parse_object
 from qjax.formats.huggingface.safetensors_file import NUMPY, TensorSpec, data_of, header, spec_of

@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -50,15 +50,16 @@ def gguf_name(name: str) -> str | None:
     return None if match is None or part is None else f"blk.{match['i']}.{part}.{match['kind']}"
 
 
-def module_name(name: str) -> str | None:
-    """The Hugging Face module of a weight or bias, by its GGUF name; None if there is none.
-
-    "blk.0.ffn_up.weight" is of "model.layers.0.mlp.up_proj".
-    """
+def checkpoint_name(name: str) -> str | None:
+    """A checkpoint's name of a weight, by GGUF's: the inverse of `gguf_name`."""
+    top = {theirs: ours for ours, theirs in _TOP.items()}
+    if name in top:
+        return top[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None:
-        return next((theirs.removesuffix(".weight") for theirs, ours in _TOP.items() if ours == name), None)
-    return next((f"model.layers.{match[1]}.{part}" for part, ours in _IN_LAYER.items() if ours == match[2]), None)
+    parts = {theirs: ours for ours, theirs in _IN_LAYER.items()}
+    if match is None or match[2] not in parts:
+        return None
+    return f"model.layers.{match[1]}.{parts[match[2]]}.{match[3]}"
 
 
 def heads_of_rows(arch: str, name: str, heads: Heads) -> int | None:
@@ -73,3 +74,9 @@ def rotary_neighbours(rows: UInt8[np.ndarray, "rows nbytes"], heads: int) -> UIn
     """Rows of `heads` heads with rotary pairs (i, i + half) as neighbours (2i, 2i + 1); a copy."""
     count, nbytes = rows.shape
     return rows.reshape(heads, 2, count // heads // 2, nbytes).swapaxes(1, 2).reshape(count, nbytes)
+
+
+def rotary_halves(rows: Shaped[np.ndarray, "rows n"], heads: int) -> Shaped[np.ndarray, "rows n"]:
+    """The inverse of `rotary_neighbours`, of rows of any numbers."""
+    count, n = rows.shape
+    return rows.reshape(heads, count // heads // 2, 2, n).swapaxes(1, 2).reshape(count, n)
