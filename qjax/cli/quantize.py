@@ -111,7 +111,7 @@ def _add_methods(group: Any) -> None:
         "--rule",
         action="append",
         metavar="REGEX=SCHEME",
-        help="scheme (w8, w4g32-asym) or keep, of the matrices in whose GGUF or Hugging Face name the expression is found; "
+        help="scheme (w8, w4g32-asym) or keep, of matrices in whose GGUF or Hugging Face name the expression is found; "
         "the first that fits decides",
     )
     group.add_argument("--samples", type=positive, help="calibration samples; default: 128")
