@@ -22,6 +22,7 @@ from qjax.formats.gguf.mixes import is_mix
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.huggingface.card import Recipe
+from qjax.formats.huggingface.parts import Found
 from qjax.formats.huggingface.writer import SHARD_BYTES
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
@@ -47,6 +48,7 @@ class Model:
       params, config: what `qjax.forward` takes.
       metadata, metadata_types: the file's, for saving.
       source: the file it came from.
+      found: how each matrix that no ggml type holds was found, by its GGUF name; see `Found`.
     """
 
     params: dict[str, Any] = dataclasses.field(repr=False)
@@ -54,6 +56,7 @@ class Model:
     metadata: Mapping[str, Any] = dataclasses.field(repr=False)
     metadata_types: Mapping[str, str] = dataclasses.field(repr=False)
     source: Path
+    found: Mapping[str, Found] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -239,7 +242,7 @@ def load(
     if make is not None:
         rewrite.check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
-    return Model(params, config, file.metadata, file.metadata_types, path)
+    return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found))
 
 
 def _named(name: str, f: Callable[[Any], Any], array: Any) -> Any:

@@ -74,7 +74,7 @@ def read(tensors: Mapping[str, np.ndarray], facts: GPTQFacts) -> AffineArray | T
     if columns % groups:
         raise UnsupportedError(f"scales is {list(scales.shape)}: {columns} columns are not {groups} groups of one size")
     codes = unpack_words(np.ascontiguousarray(qweight.T), bits, columns)
-    order = None if g_idx is None else _order(g_idx, groups)
+    order = None if g_idx is None else column_order(g_idx, groups)
     if order is not None:
         codes = np.take(codes, order, axis=1)
     zeros = np.ascontiguousarray(zero_points(qzeros, bits, out, facts.version).T)
@@ -129,7 +129,7 @@ def _plus(a: Int32[np.ndarray, "*s"], b: Int32[np.ndarray, " words"]) -> Int32[n
     return (np.ascontiguousarray(a).view(np.uint32) + b.view(np.uint32)).view(np.int32)
 
 
-def _order(g_idx: Integer[np.ndarray, " in"], groups: int) -> Integer[np.ndarray, " in"] | None:
+def column_order(g_idx: Integer[np.ndarray, " in"], groups: int) -> Integer[np.ndarray, " in"] | None:
     """The columns sorted by their groups; None if they are so already."""
     size = len(g_idx) // groups
     if np.array_equal(g_idx, np.arange(len(g_idx)) // size):

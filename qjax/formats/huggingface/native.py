@@ -21,8 +21,9 @@ from qjax.errors import FormatError
 from qjax.formats.affine_parts import plain_numpy
 from qjax.formats.atomic import atomic_file
 from qjax.formats.gguf.cursor import shown
-from qjax.formats.huggingface.checkpoint import Checkpoint, read_header
+from qjax.formats.huggingface.checkpoint import Checkpoint, as_numpy, read_header
 from qjax.formats.huggingface.json_files import parse_object
+from qjax.formats.huggingface.parts import Found, Packed
 from qjax.formats.huggingface.safetensors_file import NUMPY, TensorSpec, data_of, header, spec_of
 from qjax.formats.mapped import map_file
 
@@ -99,10 +100,15 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     tensors = read_header(data, path)
     checkpoint = Checkpoint(tensors, {path: data})
     found = descriptions([path])
-    leaves = {leaf for entry in found.values() for leaf in _leaf_names(entry)}
+    leaves = leaf_names(found.values())
     plain = [name for name in tensors if name not in leaves]
     arrays = {name: read_native(checkpoint, name, entry) for name, entry in found.items()}
     return {**{name: _leaf(checkpoint, name, name) for name in plain}, **arrays}
+
+
+def leaf_names(descriptions: Iterable[Any]) -> frozenset[str]:
+    """The names of tensors that are leaves of described arrays."""
+    return frozenset(leaf for description in descriptions for leaf in _leaf_names(description))
 
 
 def descriptions(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -146,6 +152,26 @@ def read_native(checkpoint: Checkpoint, name: str, description: Mapping[str, Any
     if not fits:
         raise FormatError(f"{name}: its tensors stand for {shape}, expected columns taken once each of {array.shape}")
     return array
+
+
+def find(checkpoint: Checkpoint, name: str, description: Mapping[str, Any], path: Path) -> Packed:
+    """The packed array NAME ("model.layers.0.mlp.up_proj.weight") of a folder, seen as other formats' matrices are.
+
+    Raises:
+      FormatError: see `read_native`; names the file.
+    """
+    try:
+        array = read_native(checkpoint, name, description)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}: download the model or make it again") from error
+    if len(array.shape) != 2:
+        raise FormatError(f"{path}: {shown(name)} has the shape {array.shape}, expected a matrix")
+    bits, group = getattr(array, "bits", round(array.bits_per_weight)), getattr(array, "group_size", -1)
+    how = "as the file's header describes it"
+    found = Found(name.removesuffix(".weight"), KEY, bits, group, array.describe(), how)
+    parts = {leaf: checkpoint.tensors[leaf] for leaf in _leaf_names(description) if leaf in checkpoint.tensors}
+    out, columns = array.shape
+    return Packed(found, (out, columns), parts, lambda _: array)
 
 
 def specs_of(described: Described) -> list[TensorSpec]:
@@ -245,7 +271,7 @@ def _leaf(checkpoint: Checkpoint, name: str, leaf: str) -> np.ndarray:
     tensor = checkpoint.tensors.get(leaf)
     if tensor is None:
         raise FormatError(f"{name}: its tensor {shown(leaf)} is missing")
-    return checkpoint.raw(leaf).view(NUMPY[tensor.dtype]).reshape(tensor.shape)
+    return as_numpy(tensor, checkpoint.raw(leaf)).view(NUMPY[tensor.dtype])
 
 
 def _in_some_order(array: Any) -> bool:

@@ -51,10 +51,8 @@ class Weight(NamedTuple):
         array = plain_numpy(self.array)
         if self.heads is None:
             return array
-        heads = self.heads
-        if isinstance(array, QuantizedArray):
-            return array.map_rows(lambda leaf: rotary_halves(leaf, heads))
-        return rotary_halves(array.reshape(len(array), -1), heads).reshape(array.shape)
+        order = rotary_halves(array.shape[0], self.heads)
+        return array.map_rows(lambda leaf: leaf[order]) if isinstance(array, QuantizedArray) else array[order]
 
 
 class Stored(NamedTuple):
