@@ -198,7 +198,7 @@ def _by_method(args: argparse.Namespace, budgeted: bool) -> dict[str, Any]:
         symmetric=None if args.asymmetric is None else not args.asymmetric,
         rules=args.rule or (),
         act_order=args.act_order,
-        percdamp=args.damp,
+        damp=args.damp,
         steps=args.steps,
     )
     job = Job(

@@ -257,7 +257,9 @@ def check_storable(source: Source, recipe: Recipe, schemes: Mapping[str, Scheme]
 def _like(shape: tuple[int, ...], scheme: Scheme, recipe: Recipe) -> QuantizedArray:
     """What becomes of a matrix, by its shapes alone."""
     array = jax.eval_shape(partial(rtn, scheme=scheme), jax.ShapeDtypeStruct(shape, np.float32))
-    columns = jax.ShapeDtypeStruct(shape[-1:], np.int32) if getattr(recipe.method, "act_order", False) else None
+    # Groups of columns in their own order stay so, whatever the order of the rounding.
+    moved = getattr(recipe.method, "act_order", False) and not getattr(recipe.method, "static_groups", False)
+    columns = jax.ShapeDtypeStruct(shape[-1:], np.int32) if moved else None
     rounding = "int8" if scheme.activations == "int8" else None
     return array if columns is None and rounding is None else TransformedArray(array, columns, rounding=rounding)
 
