@@ -5,6 +5,7 @@ As text: "w4g128" is 4 bits in groups of 128 columns, "w4g128-asym" with zero po
 """
 
 import dataclasses
+import math
 import re
 from typing import Any, Literal
 
@@ -67,6 +68,15 @@ class Scheme:
         if columns % self.group_size:
             raise QjaxError(f"rows of {columns} are no whole groups of {self.group_size}")
         return columns // self.group_size
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a matrix [..., out, in]: codes, float16 scales, and zero points of a byte each.
+
+        Raises:
+          QjaxError: see `groups`.
+        """
+        *lead, columns = shape
+        return math.prod(lead) * (columns * self.bits // 8 + self.groups(columns) * (2 if self.symmetric else 3))
 
     def __str__(self) -> str:
         where = {CHANNEL: "", TENSOR: "t"}.get(self.group_size, f"g{self.group_size}")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from qjax.arrays import QuantizedArray
+from qjax.arrays import QuantizedArray, parse_scheme
 from qjax.calibrate.fisher import Fisher, divergence_of, drawn_rows
 from qjax.errors import QjaxError
 from qjax.formats.gguf import from_blocks
@@ -23,6 +23,7 @@ from qjax.models.load import read_array
 from qjax.quantizers.allocation import Choice, allocate
 from qjax.quantizers.ggml import Effort, encode
 from qjax.quantizers.ggml_legacy import check_finite
+from qjax.quantizers.rtn import rtn
 
 # What is chosen from, unless told: for rows of whole super-blocks, and for others.
 SUPER_BLOCKED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
@@ -40,7 +41,9 @@ class Budgeted(NamedTuple):
 
 
 def stored(type_name: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor in a GGUF file, with the padding behind it."""
+    """Bytes of a tensor: of a ggml type in a GGUF file, with the padding behind it, or of a scheme ("w4g128")."""
+    if type_name not in GGML_TYPES:
+        return parse_scheme(type_name).nbytes(tuple(shape))
     kind = GGML_TYPES[type_name]
     nbytes = int(np.prod(shape, dtype=np.int64)) // kind.block_size * kind.block_bytes
     return align_up(nbytes, DEFAULT_ALIGNMENT)
@@ -61,6 +64,8 @@ def _costs(
     for kind in kinds:
         if kind in FLOAT_TYPES:
             made = w.astype(FLOAT_TYPES[kind]).astype(np.float32)
+        elif kind not in GGML_TYPES:
+            made = rtn(jnp.asarray(w), parse_scheme(kind)).dequantize()
         else:
             made = from_blocks(kind, encode(kind, w, importance, effort)).dequantize()
         costs.append(divergence_of(fisher, jnp.asarray(made) - jnp.asarray(w), rows))
@@ -79,7 +84,7 @@ def choices(
     """What each of the types `kinds` costs each tensor.
 
     Args:
-      kinds: types by the tensor's name; a single one is taken without being measured against others.
+      kinds: types, or schemes (rounded to nearest: what a method makes of them is better), by the tensor's name.
       importances: what encoders weight columns by, where there is one.
       effort: of the encoders.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from qjax.arrays import Scheme
+from qjax.arrays import Scheme, parse_scheme
 from qjax.arrays.scheme import CHANNEL
 from qjax.calibrate.blocks import Method
 from qjax.errors import QjaxError
@@ -57,6 +57,33 @@ class Recipe:
         return " ".join([repr(self.method), str(self.scheme), *map(str, self.rules)])
 
 
+def recipe_for(
+    method: str,
+    *,
+    scheme: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    rules: Sequence[str] = (),
+    **options: Any,
+) -> Recipe:
+    """A recipe of what a user said; None for what was left open.
+
+    Args:
+      scheme: as text, or else bits, group_size and symmetric in place of those of the method's usual one.
+
+    Raises:
+      QjaxError: see `recipe` and `parse_scheme`.
+    """
+    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    changed = {key: value for key, value in given.items() if value is not None}
+    if scheme is not None and changed:
+        raise QjaxError(f"the scheme {scheme!r} says {', '.join(changed)} already: give one of them")
+    usual = _where(method).scheme if scheme is None else parse_scheme(scheme)
+    wanted = {key: value for key, value in options.items() if value is not None}
+    return recipe(method, dataclasses.replace(usual, **changed), rules, wanted)
+
+
 def recipe(
     method: str,
     scheme: Scheme | None = None,
@@ -71,9 +98,7 @@ def recipe(
     Raises:
       QjaxError: no such method or option, an option's value that it does not take, or a text that is no rule.
     """
-    if method not in METHODS:
-        raise QjaxError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
-    where = METHODS[method]
+    where = _where(method)
     kind = getattr(import_module(f"qjax.calibrate.methods.{where.module}"), where.name)
     known = [field.name for field in dataclasses.fields(kind)]
     for name in options or {}:
@@ -81,6 +106,12 @@ def recipe(
             raise QjaxError(f"{where.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
     parsed = tuple(rule if isinstance(rule, Rule) else parse_rule(rule) for rule in rules)
     return Recipe(kind(**options or {}), where.scheme if scheme is None else scheme, parsed)
+
+
+def _where(method: str) -> _Where:
+    if method not in METHODS:
+        raise QjaxError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
 
 
 def RTN(

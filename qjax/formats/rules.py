@@ -14,7 +14,7 @@ from typing import NamedTuple
 from qjax.arrays.scheme import Scheme, parse_scheme
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf.mixes import pattern
-from qjax.formats.huggingface.weights import module_name
+from qjax.formats.huggingface.weights import checkpoint_name
 
 KEEP = "keep"
 ENDS = ("token_embd.weight", "output.weight")
@@ -32,6 +32,12 @@ class Rule(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.expression.pattern}={self.scheme or KEEP}"
+
+
+def module_name(name: str) -> str | None:
+    """The Hugging Face module of a weight by its GGUF name, "model.layers.0.mlp.up_proj"; None if there is none."""
+    theirs = checkpoint_name(name)
+    return None if theirs is None else theirs.rpartition(".")[0]
 
 
 def parse_rule(text: str) -> Rule:

@@ -10,7 +10,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,13 +236,13 @@ def quantize_within(
         )
     result |= {**expected, "imatrix": str(imatrix)}
     if chunks is not None:
-        cost = measured(name, result["path"], chunks)
+        cost = measured(name, lambda: api.load(result["path"]), chunks)
         result |= {"measured_kld": cost.mean_kld, "measured_kld_stderr": cost.kld_stderr}
     return result
 
 
-def measured(base: str | Path, made: str, chunks: Int32[np.ndarray, "chunks n_ctx"]) -> Divergence:
-    """Of a file to the model that it was made of; one of them is in memory at a time."""
+def measured(base: str | Path, made: Callable[[], api.Model], chunks: Int32[np.ndarray, "chunks n_ctx"]) -> Divergence:
+    """Of a model to the one that it was made of, which is in memory while it is looked at."""
     with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", total=2 * len(chunks)) as advance:
         path = Path(folder) / "base.kld"
         step = lambda done, total, so_far: advance(total=2 * len(chunks))
@@ -250,5 +250,5 @@ def measured(base: str | Path, made: str, chunks: Int32[np.ndarray, "chunks n_ct
         model = api.load(base)
         save_base(path, model.params, model.config, chunks, bos_id=None, progress=step)
         del model
-        model = api.load(made)
+        model = made()
         return divergence(model.params, model.config, read_base(path, model.config), bos_id=None, progress=step)

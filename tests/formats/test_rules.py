@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from qjax.arrays import Scheme, parse_scheme
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.formats.huggingface.weights import gguf_name, module_name
-from qjax.formats.rules import parse_rule, schemes_by
+from qjax.formats.huggingface.weights import gguf_name
+from qjax.formats.rules import module_name, parse_rule, schemes_by
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 SHAPES = {f"blk.{i}.{part}.weight": (64, 192 if part == "ffn_down" else 64) for i in range(12) for part in PARTS}

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from qjax.arrays import Scheme, TransformedArray
 from qjax.arrays.scheme import codes_of
 from qjax.quantizers.gptq import gptq
-from qjax.quantizers.rtn import rtn
 
 
 def layer(seed: int, out: int = 24, columns: int = 64, tokens: int = 256) -> tuple[Any, Any]:

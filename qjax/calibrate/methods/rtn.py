@@ -2,20 +2,19 @@
 
 import dataclasses
 import time
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
 
-from qjax.arrays import QuantizedArray, Scheme, TransformedArray
 from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.methods.packed import lost, with_activations
 from qjax.quantizers.rtn import rtn
 
 
 @dataclasses.dataclass(frozen=True)
 class RTN:
-    """Each weight to the nearest point of its group's grid."""
+    """Each weight to the nearest point of its group's grid; mse: see `quantizers.rtn.rtn`."""
+
+    mse: bool = False
 
     @property
     def needs_inputs(self) -> bool:
@@ -29,18 +28,9 @@ class RTN:
         weights, lines = dict(block.weights), []
         for name, scheme in block.schemes.items():
             start = time.perf_counter()
-            weights[name] = _packed(block.weights[name], scheme)
-            error = float(_error(block.weights[name], weights[name]))
+            w = jnp.asarray(block.weights[name])
+            array = rtn(w, scheme, mse=self.mse)
+            error = float(lost(array.dequantize(), w))
+            weights[name] = with_activations(array, scheme)
             lines.append(Line(block.index, name, str(scheme), error, None, time.perf_counter() - start))
         return weights, lines
-
-
-def _packed(w: Any, scheme: Scheme) -> QuantizedArray:
-    array = rtn(jnp.asarray(w), scheme)
-    return TransformedArray(array, rounding="int8") if scheme.activations == "int8" else array
-
-
-@jax.jit
-def _error(w: Float[Array, "out in"], made: Any) -> Float32[Array, ""]:
-    w = w.astype(jnp.float32)
-    return jnp.square(made.dequantize() - w).sum() / jnp.maximum(jnp.square(w).sum(), jnp.float32(1e-30))
