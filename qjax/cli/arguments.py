@@ -98,3 +98,13 @@ def add_compute(sub: argparse.ArgumentParser, activations: str = FASTEST) -> Non
     """How a model is run."""
     sub.add_argument("--activations", choices=("float", "int8"), help=activations)
     sub.add_argument("--quantize", metavar="TYPE", help="quantize float matrices while loading, e.g. q8_0")
+
+
+def add_kv_cache(sub: argparse.ArgumentParser) -> None:
+    """What keys and values are kept as."""
+    sub.add_argument(
+        "--kv-cache",
+        choices=("float", "int8"),
+        default="float",
+        help="int8 keeps keys and values in half the memory, with a scale for each head and token; default: float",
+    )
