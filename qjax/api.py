@@ -10,19 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.arrays import Memory, QuantizedArray, memory
-from qjax.errors import QjaxError
-from qjax.formats.gguf import from_blocks, to_blocks, type_of
+from qjax.errors import QjaxError, UnsupportedError
+from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES
+from qjax.formats.gguf.from_affine import blocks_of, type_for
 from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.mixes import is_mix
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
+from qjax.formats.huggingface.card import Recipe
+from qjax.formats.huggingface.parts import Found
+from qjax.formats.huggingface.writer import SHARD_BYTES
 from qjax.formats.locate import locate
 from qjax.formats.source import Source, open_source
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
+from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
 from qjax.quantizers.ggml import Effort
@@ -40,6 +45,7 @@ class Model:
       params, config: what `qjax.forward` takes.
       metadata, metadata_types: the file's, for saving.
       source: the file it came from.
+      found: how each matrix that no ggml type holds was found, by its GGUF name; see `Found`.
     """
 
     params: dict[str, Any] = dataclasses.field(repr=False)
@@ -47,6 +53,7 @@ class Model:
     metadata: Mapping[str, Any] = dataclasses.field(repr=False)
     metadata_types: Mapping[str, str] = dataclasses.field(repr=False)
     source: Path
+    found: Mapping[str, Found] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -212,19 +219,49 @@ def load(
     if make is not None:
         rewrite.check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
-    return Model(params, config, file.metadata, file.metadata_types, path)
+    return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found))
 
 
-def save(model: Model, path: str | Path) -> Path:
-    """Write a model as GGUF, atomically; packed weights go to the bytes they came from.
+def _named(name: str, f: Callable[[Any], Any], array: Any) -> Any:
+    """`f` of an array, with its name in what it refuses."""
+    try:
+        return f(array)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from error
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    format: str = "gguf",
+    *,
+    recipe: Recipe = NOTHING_KNOWN,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """Write a model, whole or not at all; packed weights go to the bytes they came from.
+
+    Args:
+      path: a file for "gguf", else a folder to be made.
+      format: "gguf"; "gptq", "gptq_v2", "awq" or "compressed-tensors", which vLLM, transformers and others read; or
+        "qjax", which holds any packed weight and is read by qjax alone.
+      recipe: how the model came to be, for the model card of a folder.
+      max_shard_bytes: of weights in each file of a folder. overwrite: a folder with files in it.
+      progress: told each weight's name once it is written, in a folder.
 
     Raises:
-      UnsupportedError: a weight that no GGUF type holds without loss.
+      UnsupportedError: a weight that the format does not hold without loss; names it, and formats that do.
+      QjaxError: `format` is none of these, there is something at `path`, or the disk refuses.
     """
-    tensors = [
-        TensorToWrite(name, array.shape, type_of(array), functools.partial(to_blocks, array))
-        for name, array in gguf_tensors(model.params, model.config)
-    ]
+    if format != "gguf":
+        options: dict[str, Any] = {"recipe": recipe, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
+        facts = (model.params, model.config, model.metadata, model.source)
+        return save_folder(*facts, path, format, **options, progress=progress)
+    tensors = []
+    for name, array in gguf_tensors(model.params, model.config):
+        make = functools.partial(_named, name, blocks_of, array)
+        tensors.append(TensorToWrite(name, array.shape, _named(name, type_for, array), make))
     metadata = rewrite.with_file_type(model.metadata, {t.name: (t.type, t.shape) for t in tensors})
     write_gguf(path, metadata, tensors, metadata_types=model.metadata_types)
     return Path(path)

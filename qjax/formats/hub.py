@@ -25,11 +25,11 @@ _ID = re.compile(
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<kind>gguf|safetensors)")
 # Beside the weights: what a model is, and its tokenizer in every form that there is.
 _FOLDER_FILES = re.compile(
-    r"(config|generation_config|quantize_config|quant_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"(config|generation_config|quantize_config|quant_config|quantization_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer\.(json|model)|tokenizer_config\.json|merges\.txt|chat_template[^/]*\.(json|jinja)"
     r"|model\.safetensors\.index\.json|README\.md"
 )
-_FOLDER_WEIGHTS = re.compile(r"model[^/]*\.safetensors")
+_FOLDER_WEIGHTS = re.compile(r"(gptq_)?model[^/]*\.safetensors")
 
 
 class HubId(NamedTuple):

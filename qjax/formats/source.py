@@ -8,12 +8,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qjax.formats.gguf.container import open_gguf
+from qjax.formats.huggingface.parts import Found
 from qjax.formats.huggingface.source import open_folder
 
 
 @runtime_checkable
 class SourceTensor(Protocol):
-    """A tensor as a GGUF file has it: `shape` in numpy order, `type` ggml's name, `nbytes` in that type."""
+    """A tensor as a GGUF file has it: `shape` in numpy order, `type` ggml's name, `nbytes` in that type.
+
+    Of a matrix that is packed as no ggml type is (those in `Source.found`), `type` says what it is for people.
+    """
 
     @property
     def name(self) -> str: ...
@@ -53,8 +57,17 @@ class Source(Protocol):
     def metadata_types(self) -> Mapping[str, str]: ...
     @property
     def tensors(self) -> Mapping[str, SourceTensor]: ...
+    @property
+    def found(self) -> Mapping[str, Found]:
+        """How each matrix that is packed as no ggml type is was found."""
+        ...
+
     def raw(self, name: str) -> UInt8[np.ndarray, "*rows row_bytes"]:
-        """The tensor's bytes in its `type`: a view of the file where they lie so in it, else a copy."""
+        """The tensor's bytes in its `type`, not of one in `found`: a view of the file if they lie so, else a copy."""
+        ...
+
+    def array(self, name: str) -> Any:
+        """The tensor as a packed or float array with numpy leaves, which may be views of the file."""
         ...
 
     def release(self, name: str) -> None:

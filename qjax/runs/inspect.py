@@ -1,5 +1,6 @@
 """What is in a file: architecture, each tensor's type, bits and bytes, without loading any weight."""
 
+import collections
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,10 @@ DEQUANTIZED_BYTES = 2
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
-    """Facts of a file or folder: format, arch, parameters, bytes (packed, and as 16-bit floats), and its tensors."""
+    """Facts of a file or folder: format, arch, parameters, bytes (packed, and as 16-bit floats), and its tensors.
+
+    Of a matrix that is packed as no ggml type is, `found` says what it was found to be and by what.
+    """
     file = open_source(locate(model))
     tensors = [
         {
@@ -23,6 +27,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
             "type": info.type,
             "bytes": info.nbytes,
             "bits_per_weight": 8 * info.nbytes / max(math.prod(info.shape), 1),
+            **({"found": file.found[info.name]._asdict()} if info.name in file.found else {}),
         }
         for info in file.tensors.values()
     ]
@@ -83,3 +88,8 @@ def show(facts: dict[str, Any]) -> None:
         for tensor in facts["tensors"]
     ]
     show_table("", ["tensor", "shape", "type", "bits/weight", "bytes", "dequantized"], rows)
+    decided = collections.Counter(
+        (tensor["found"]["label"], tensor["found"]["how"]) for tensor in facts["tensors"] if "found" in tensor
+    )
+    for (label, how), count in decided.items():
+        emit(f"{label} ({count}): {how}\n")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qjax.errors import FormatError
+from qjax.formats.gguf.arrays import from_blocks
 from qjax.formats.gguf.cursor import shown
 from qjax.formats.gguf.header import Header, TensorInfo, read_header
 from qjax.formats.gguf.split import join_shards, shard_paths
@@ -56,6 +57,11 @@ class GGUFFile:
         return self.shards
 
     @property
+    def found(self) -> Mapping[str, Any]:
+        """Nothing: all types are ggml's, as their names say."""
+        return {}
+
+    @property
     def format(self) -> str:
         """What it is, for people."""
         return f"GGUF v{self.version}"
@@ -84,6 +90,15 @@ class GGUFFile:
         info = self.info(name)
         flat = np.frombuffer(self._maps[info.path], np.uint8, info.nbytes, info.offset)
         return flat.reshape(*info.shape[:-1], info.row_bytes)
+
+    def array(self, name: str) -> Any:
+        """The tensor as a packed or float array, with numpy leaves that may be views of the file.
+
+        Raises:
+            FormatError: the file has no tensor of this name.
+            UnsupportedError: a type without a decoder.
+        """
+        return from_blocks(self.info(name).type, self.raw(name), np.asarray)
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from this process's memory; views stay valid and read them again.

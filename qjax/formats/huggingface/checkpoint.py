@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from qjax.errors import FormatError, UnsupportedError
 from qjax.formats.gguf.cursor import shown
 from qjax.formats.huggingface.json_files import parse_object, read_object
+from qjax.formats.huggingface.safetensors_file import NUMPY
 from qjax.formats.mapped import drop_pages, map_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Bytes of a number of each dtype.
-DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2}
-DTYPES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
+DTYPES = {name: dtype.itemsize for name, dtype in NUMPY.items()}
 # The format's own limit.
 _LONGEST_HEADER = 100_000_000
 _SHARD = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -57,6 +57,14 @@ class Checkpoint:
         """Drop a tensor's pages from memory."""
         tensor = self.tensors[name]
         drop_pages(self._maps[tensor.path], tensor.offset, tensor.nbytes)
+
+
+def as_numpy(tensor: StoredTensor, raw: UInt8[np.ndarray, " nbytes"]) -> Shaped[np.ndarray, "..."]:
+    """A tensor's numbers, a view of its bytes; 8-bit floats as their bits."""
+    dtype = np.dtype(np.uint8) if tensor.dtype.startswith("F8") else NUMPY[tensor.dtype]
+    # Files may put a tensor at any byte.
+    aligned = raw if raw.__array_interface__["data"][0] % dtype.itemsize == 0 else raw.copy()
+    return aligned.view(dtype).reshape(tensor.shape)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -106,6 +114,10 @@ def _files_without_index(folder: Path) -> list[str]:
     if (folder / SINGLE).exists():
         return [SINGLE]
     found = sorted(entry.name for entry in folder.iterdir() if _SHARD.fullmatch(entry.name))
+    all_there = [entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors"]
+    if not found and len(all_there) == 1:
+        # AutoGPTQ named files after bits and groups.
+        return all_there
     if not found:
         others = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".h5"))
         there = f"; {others[0]} is of a format that qjax does not read (it may run code)" if others else ""

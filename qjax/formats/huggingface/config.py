@@ -103,7 +103,7 @@ def read_config(path: Path) -> Config:
 
     Raises:
         FormatError: it is missing or damaged.
-        UnsupportedError: an architecture that is not known, or weights that are quantized already.
+        UnsupportedError: an architecture, or an activation of one, that is not known.
     """
     values = read_object(path)
     names = values.get("architectures")
@@ -111,13 +111,6 @@ def read_config(path: Path) -> Config:
     if not isinstance(name, str) or name not in ARCHS:
         raise UnsupportedError(f"{path}: architecture {shown(str(name))} is not known; known are {', '.join(ARCHS)}")
     config = Config(path, name, values)
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UnsupportedError(
-            f"{path}: the weights are quantized already, by {shown(str(method))}, which qjax does not read yet: take "
-            "the float model that it was made from"
-        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedError(f"{path}: hidden_act {shown(str(activation))} is not known; known is silu")

@@ -58,6 +58,26 @@ def pre_tokenizer_name(tokenizer: dict[str, Any], where: str) -> str:
     return name
 
 
+def pre_tokenizer_json(name: str) -> tuple[dict[str, Any], bool] | None:
+    """The `pre_tokenizer` of a tokenizer.json that cuts text so, and its model's ignore_merges; None if not known."""
+    found = next((key for key, known in _NAMES.items() if known == name), None)
+    if found is None:
+        return None
+    steps, ignore_merges = found
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    parts: list[dict[str, Any]] = []
+    for step in steps:
+        if step == _DIGIT:
+            parts.append({"type": "Digits", "individual_digits": True})
+        elif step == _GPT2:
+            parts.append({**byte_level, "use_regex": True})
+        else:
+            parts.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
+    if _GPT2 not in steps:
+        parts.append({**byte_level, "use_regex": False})
+    return {"type": "Sequence", "pretokenizers": parts}, ignore_merges
+
+
 def _parts(pre_tokenizer: Any) -> list[Any]:
     """The steps, one after another, out of nested sequences."""
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":

@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Test files are no package: what several of them use is found beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+import packers
 
 STORED = Path(__file__).parents[2] / "interop" / "goldens" / "hf"
 
@@ -34,3 +39,15 @@ def copied(tmp_path: Path, change: Callable[..., None]) -> Callable[..., Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def made(copied: Callable[..., Path]) -> Callable[..., Path]:
+    """`made(tensors, **config)`: a folder of `packers.SIZES` whose layer has `tensors`, the rest being floats."""
+
+    def make(tensors: packers.Tensors, **config: Any) -> Path:
+        folder = copied("llama-3", **packers.SIZES, **config)
+        packers.write_model(folder, tensors)
+        return folder
+
+    return make

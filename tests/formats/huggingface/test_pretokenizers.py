@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models
 
 from qjax.errors import UnsupportedError
 from qjax.formats.gguf import open_gguf
-from qjax.formats.huggingface import pretokenizers
-from qjax.formats.huggingface.pretokenizers import pre_tokenizer_name
+from qjax.formats.huggingface.pretokenizers import pre_tokenizer_json, pre_tokenizer_name
 
 # The text and, of known vocabularies (with BOS where the model adds it), the hashes: llama.cpp's conversion/base.py.
 CHECKED = (
@@ -28,26 +27,6 @@ HASHES = {
 }
 
 
-def steps_of(name: str) -> tuple[tuple[str, ...], bool]:
-    return next(key for key, known in pretokenizers._NAMES.items() if known == name)
-
-
-def as_json(steps: tuple[str, ...]) -> dict[str, Any]:
-    """The `pre_tokenizer` of a tokenizer.json that takes these steps."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    parts: list[dict[str, Any]] = []
-    for step in steps:
-        if step == pretokenizers._DIGIT:
-            parts.append({"type": "Digits", "individual_digits": True})
-        elif step == pretokenizers._GPT2:
-            parts.append({**byte_level, "use_regex": True})
-        else:
-            parts.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
-    if pretokenizers._GPT2 not in steps:
-        parts.append({**byte_level, "use_regex": False})
-    return {"type": "Sequence", "pretokenizers": parts}
-
-
 @pytest.mark.interop
 @pytest.mark.parametrize("name", HASHES)
 def test_a_known_vocabulary_gives_the_ids_that_llama_cpp_knows(name: str, vocab_folder: Path) -> None:
@@ -55,8 +34,9 @@ def test_a_known_vocabulary_gives_the_ids_that_llama_cpp_knows(name: str, vocab_
     normal = metadata["tokenizer.ggml.token_type"] == 1
     vocab = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"]) if normal[i]}
     merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
-    steps, ignore_merges = steps_of(name)
-    described = as_json(steps)
+    found = pre_tokenizer_json(name)
+    assert found is not None
+    described, ignore_merges = found
     bare = json.loads(Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)).to_str())
     made = Tokenizer.from_str(json.dumps({**bare, "pre_tokenizer": described}))
     ids = made.encode(CHECKED, add_special_tokens=False).ids
@@ -73,7 +53,7 @@ def test_a_known_vocabulary_gives_the_ids_that_llama_cpp_knows(name: str, vocab_
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
         ({"pre_tokenizer": {"type": "ByteLevel"}, "model": {"ignore_merges": True}}, "ignore_merges True"),
-        ({"pre_tokenizer": as_json((r"\w+",))}, r"w\+"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}}, r"w\+"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 3}}, "'3'"),
     ],
 )

@@ -44,8 +44,7 @@ ROPE = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0}
     [
         ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not known; known are LlamaForCausalLM"),
         ({"architectures": 3}, "architecture 'None' is not known"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already, by 'gptq'"),
-        ({"quantization_config": "x"}, "quantized already, by 'x'"),
+        ({"quantization_config": "x"}, "quantization_config is 'x', expected an object"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not known"),
         ({"hidden_size": None}, "hidden_size is 'None', expected a whole number"),
         ({"num_attention_heads": 2.0}, "num_attention_heads is"),
@@ -89,7 +88,7 @@ def test_dtypes_and_names_that_are_not_known(copied: Copied) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"F32"', b'"I32"'))
-    with pytest.raises(QjaxError, match="has the dtype I32; known are F32, F16, BF16"):
+    with pytest.raises(QjaxError, match="has the dtype I32"):
         open_folder(folder)
     path.write_bytes(whole.replace(b"lm_head.weight", b"xx_head.weight"))
     with pytest.raises(QjaxError, match=r"tensor 'xx_head\.weight' is not part of a llama model"):
@@ -206,11 +205,3 @@ def test_a_sentencepiece_vocabulary_of_tokenizer_json_alone(interop: Path, copie
     theirs = HuggingFaceTokenizer.from_file(str(folder / "tokenizer.json"))
     text = (interop / "heldout.txt").read_text(encoding="utf-8")[:5000]
     assert ours.encode(text, add_bos=True) == theirs.encode(text).ids
-
-
-def test_checkpoints_of_peers_that_are_quantized(interop: Path) -> None:
-    folders = [path for path in sorted(interop.glob("hf-*")) if path.is_dir() and path.name != "hf-float"]
-    assert len(folders) > 5
-    for path in folders:
-        with pytest.raises(QjaxError, match="quantized already, by"):
-            open_folder(path)

@@ -1,0 +1,101 @@
+"""Packed weights with other groups or zero points than GGUF's types have, as one of these where nothing is lost.
+
+  codes    groups      zero points   type
+  4 bits   32 columns  8             Q4_0    w = d * (q - 8), d float16
+  4 bits   32 columns  any           Q4_1    w = d * q + m, m = -d * zero, if float16 holds that exactly
+  5 bits   32 columns  16, any       Q5_0, Q5_1
+  8 bits   32 columns  128           Q8_0    w = d * q, q int8
+
+Larger groups of whole 32s (or a scale a row) are as many groups of 32 with one scale.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from qjax.arrays import AffineArray, TransformedArray, affine
+from qjax.arrays.planes import pack
+from qjax.errors import UnsupportedError
+from qjax.formats.affine_parts import affine_parts, plain_numpy, plain_shapes
+from qjax.formats.gguf.arrays import BLOCK_TYPES, to_blocks, type_of
+
+_BLOCK = 32
+# (bits, has zero points) -> type.
+_TYPES = {(4, False): "Q4_0", (4, True): "Q4_1", (5, False): "Q5_0", (5, True): "Q5_1", (8, False): "Q8_0"}
+
+
+def type_for(array: Any) -> str:
+    """ggml's name of the type that `blocks_of` gives bytes of; by the array's shapes.
+
+    Raises:
+      UnsupportedError: no type of GGUF holds it; says why.
+    """
+    try:
+        return type_of(array)
+    except UnsupportedError:
+        shapes = plain_shapes(array)
+        if not isinstance(shapes, AffineArray | TransformedArray):
+            raise
+        return _affine_type(_checked(shapes).inner if isinstance(shapes, TransformedArray) else shapes)
+
+
+def blocks_of(array: Any) -> UInt8[np.ndarray, "*rows row_bytes"]:
+    """The bytes of an array in the type that `type_for` names.
+
+    Raises:
+      UnsupportedError: numbers that this type does not hold exactly.
+    """
+    try:
+        type_of(array)
+    except UnsupportedError:
+        array = _as_blocks(_in_order(plain_numpy(array)))
+    return to_blocks(array)
+
+
+def _checked(array: TransformedArray) -> TransformedArray:
+    """UnsupportedError unless columns in whole groups are all that is moved."""
+    if array.input_scale is not None or array.rounding is not None:
+        raise UnsupportedError("GGUF has no inputs that are scaled or rounded: save as compressed-tensors or qjax")
+    if affine_parts(array, "GGUF").group_order() is None:
+        raise UnsupportedError("GGUF has columns in their own order alone: save as gptq or qjax")
+    return array
+
+
+def _in_order(array: Any) -> Any:
+    """The inner one of a transformed array, its columns in the model's order."""
+    if not isinstance(array, TransformedArray):
+        return array
+    parts = affine_parts(_checked(array), "GGUF")
+    order = parts.group_order()
+    zero = None if parts.array.zero is None else parts.array.zero[:, order]
+    return affine(parts.codes(), parts.array.scale[:, order], zero, parts.bits)
+
+
+def _affine_type(array: Any) -> str:
+    """By shapes."""
+    parts = affine_parts(array, "GGUF")
+    name = _TYPES.get((parts.bits, parts.array.zero is not None))
+    if name is None or parts.array.group_size % _BLOCK:
+        known = "4 and 5 bits in groups of whole 32s, and 8 bits so without zero points"
+        raise UnsupportedError(f"no GGUF type holds {array!r} without loss: there are {known}; save as qjax")
+    return name
+
+
+def _as_blocks(array: AffineArray) -> AffineArray:
+    parts, kind = affine_parts(array, "GGUF"), BLOCK_TYPES[_affine_type(array)]
+    scale = _half(array.scale.astype(np.float32), f"scales of {array!r}")
+    minimum = None
+    if array.zero is not None:
+        # At most 5 + 11 bits: exact in float32.
+        minimum = _half(-scale.astype(np.float32) * array.zero.astype(np.float32), f"scale * zero point of {array!r}")
+    codes = parts.codes() ^ np.uint8(128 if parts.bits == 8 else 0)
+    spread = lambda leaf: None if leaf is None else np.repeat(leaf, array.group_size // _BLOCK, axis=1)
+    return AffineArray(pack(codes, kind.static["layout"]), spread(scale), spread(minimum), **kind.static)
+
+
+def _half(values: np.ndarray, what: str) -> np.ndarray:
+    half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        raise UnsupportedError(f"GGUF has float16 numbers, which do not hold {what} exactly: save as gptq_v2 or qjax")
+    return half

@@ -1,0 +1,87 @@
+"""Packed weights whose values are floats, against the formulas of their formats in numpy, bit for bit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qjax.arrays import FloatCodebookArray, QuantizedArray, ScaledFloatArray, serves_lanes
+from qjax.arrays.planes import Plane, pack
+from qjax.kernels import qmatmul
+
+LAYOUT = (Plane(4, 16),)
+
+
+def on_device(array: Any) -> Any:
+    return jax.tree.map(jnp.asarray, array)
+
+
+def codebook(rows: int, columns: int, group: int, block: int | None) -> tuple[FloatCodebookArray, np.ndarray]:
+    """A random array and its floats; packed scales in blocks of `block`, counted through all rows."""
+    rng = np.random.default_rng(rows + columns)
+    codes = rng.integers(0, 16, (rows, columns), dtype=np.uint8)
+    table, groups = np.sort(rng.normal(size=16)).astype(np.float32), columns // group
+    values = table[codes].reshape(rows, groups, group)
+    if block is None:
+        scale = rng.random((rows, groups), dtype=np.float32)
+        array = FloatCodebookArray(pack(codes, LAYOUT), scale, table=tuple(map(float, table)))
+        return array, (values * scale[..., None]).reshape(rows, columns)
+    scale_table = np.sort(rng.normal(size=256)).astype(np.float32)
+    index = rng.integers(0, 256, rows * groups, dtype=np.uint8)
+    of_block = rng.random(-(-rows * groups // block), dtype=np.float32)
+    scale = scale_table[index] * of_block[np.arange(rows * groups) // block] + np.float32(0.0123)
+    first = np.arange(rows) * groups
+    most = -(-groups // block) + 1
+    supers = np.pad(of_block, (0, most))[first[:, None] // block + np.arange(most)]
+    array = FloatCodebookArray(
+        pack(codes, LAYOUT),
+        index.reshape(rows, groups),
+        supers,
+        (first % block).astype(np.uint8)[:, None],
+        table=tuple(map(float, table)),
+        scale_table=scale_table.tobytes(),
+        scale_block=block,
+        scale_offset=float(np.float32(0.0123)),
+    )
+    return array, (values * scale.reshape(rows, groups, 1)).reshape(rows, columns)
+
+
+@pytest.mark.parametrize("shape", [(64, 256, 64, None), (64, 256, 64, 256), (10, 352, 32, 8), (3, 64, 64, 256)])
+def test_codebooks_of_floats(shape: tuple[int, int, int, int | None]) -> None:
+    array, floats = codebook(*shape)
+    assert array.shape == floats.shape
+    for given in (array, on_device(array)):
+        np.testing.assert_array_equal(given.dequantize(), floats)
+    # One multiply-add in place of two operations would round the scales otherwise.
+    np.testing.assert_array_equal(jax.jit(lambda a: a.dequantize())(on_device(array)), floats)
+    check_products(on_device(array), floats)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(("block", "blocks"), [(None, 1), (64, 4), (100, 3)])
+def test_8_bit_floats(kind: Any, block: int | None, blocks: int) -> None:
+    values = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    scale = np.random.default_rng(0).random((4, blocks), dtype=np.float32)
+    floats = values.view(getattr(ml_dtypes, kind)).astype(np.float32)
+    floats = floats * (scale if block is None else np.repeat(scale, block, axis=1)[:, :256])
+    array = on_device(ScaledFloatArray(values, scale, kind, block))
+    np.testing.assert_array_equal(array.dequantize(), floats)
+    np.testing.assert_array_equal(jax.jit(lambda a: a.dequantize())(array), floats)
+    finite = np.where(np.isfinite(floats), values, 0)
+    array = array.replace(values=jnp.asarray(finite.astype(np.uint8)))  # pyright: ignore[reportAttributeAccessIssue]
+    check_products(array, np.where(np.isfinite(floats), floats, 0.0).astype(np.float32))
+
+
+def check_products(array: QuantizedArray, floats: np.ndarray) -> None:
+    """Products, rows that are looked up, and that no kernel of integer codes takes it for its own."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, floats.shape[1])).astype(np.float32))
+    expected = np.asarray(x) @ floats.T
+    for activations in ("float", "int8"):
+        products = qmatmul(x, array, activations=activations)
+        np.testing.assert_allclose(products, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(array.take(jnp.asarray([2, 0, 2])), floats[[2, 0, 2]])
+    assert serves_lanes(array) is not None
+    assert str(array.shape[1]) in repr(array)
