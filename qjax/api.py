@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ from qjax.formats.source import Source, open_source
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out
-from qjax.models import ModelConfig, load_gguf, rewrite
+from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
@@ -84,6 +84,7 @@ class Model:
         repetition_penalty: float | int = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        kv_cache: CacheKind = "float",
         cache_dtype: Any = jnp.float16,
         activations: Activations | None = None,
     ) -> Iterator[Piece]:
@@ -92,11 +93,16 @@ class Model:
         Args:
           max_tokens: None for 128, or for as many as the context leaves if these are fewer.
           stop: a string, or several, before which the text ends.
+          kv_cache: "int8" keeps keys and values in half the memory, with a scale for each head and token; "float" as
+            floats of `cache_dtype`.
           activations: see `qmatmul`; None for `qjax.kernels.default_activations()`.
 
         Raises:
-          QjaxError: a sampling number out of range, or a prompt and answer longer than the model's context.
+          QjaxError: a sampling number out of range, an unknown kind of cache, or a prompt and answer longer than the
+            model's context.
         """
+        if kv_cache not in get_args(CacheKind):
+            raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if max_tokens is None:
             # At least one, so that a prompt which leaves nothing is an error.
@@ -113,7 +119,7 @@ class Model:
             sampler=sampler,
             seed=seed,
             stop=stop,
-            cache_dtype=cache_dtype,
+            cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
             activations=activations or default_activations(),
         )
 

@@ -162,6 +162,14 @@ def divide_by_integer(x: Float32[Array | np.ndarray, "*s"], divisor: int) -> Flo
     return from_bits((bits & _SIGN) | jnp.where(unmoved, magnitude, divided))
 
 
+def divide(x: Float32[Array, "*s"], divisor: Float32[Array, "*#s"]) -> Float32[Array, "*s"]:
+    """x / divisor as IEEE rounds it, for a divisor that is broadcast; NaN where x is not finite.
+
+    XLA multiplies by the inverse of what is broadcast, which rounds twice; so each number gets a divisor of its own.
+    """
+    return x / (divisor + 0 * x)
+
+
 def f32_to_f16_bits(x: Float32[Array | np.ndarray, "*s"]) -> UInt16[Array, "*s"]:
     """float32 to the bits of float16 as numpy's `astype`: to nearest even, from 65520 on infinity."""
     bits = bits_of(x)

@@ -13,6 +13,9 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from qjax.arrays.base import QuantizedArray
+from qjax.arrays.floats import divide
+
+_LARGEST = jnp.finfo(jnp.float32).max
 
 Rounding = Literal["int8", "float8_e4m3fn"]
 
@@ -95,13 +98,15 @@ def round_activations(
     x = x.astype(jnp.float32)
     if x_scale is None:
         most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        scale = most / jnp.float32(127.5 if rounding == "int8" else 448.0)
+        scale = divide(most, jnp.full((1,) * x.ndim, 127.5 if rounding == "int8" else 448.0, jnp.float32))
         scale = jnp.where(scale == 0, jnp.float32(1), scale)
     else:
         scale = jnp.broadcast_to(x_scale.astype(jnp.float32), (*x.shape[:-1], 1))
+    # Infinities become the largest codes of a fixed scale; of a token with one nothing is left.
+    quotient = divide(jnp.clip(x, -_LARGEST, _LARGEST), scale)
     if rounding == "int8":
-        return jnp.clip(jnp.round(x / scale), -128, 127).astype(jnp.int8), scale
-    return jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn), scale
+        return jnp.clip(jnp.round(quotient), -128, 127).astype(jnp.int8), scale
+    return jnp.clip(quotient, -448, 448).astype(jnp.float8_e4m3fn), scale
 
 
 def rounded(x: Float[Array, "*batch in"], weight: TransformedArray) -> Float[Array, "*batch in"]:

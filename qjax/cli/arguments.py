@@ -116,3 +116,13 @@ def named(files: Sequence[str | Path]) -> str:
     """Files that were written, in a few words."""
     more = len(files) - 1
     return f"{files[0]} and {more} more" if more else str(files[0])
+
+
+def add_kv_cache(sub: argparse.ArgumentParser) -> None:
+    """What keys and values are kept as."""
+    sub.add_argument(
+        "--kv-cache",
+        choices=("float", "int8"),
+        default="float",
+        help="int8 keeps keys and values in half the memory, with a scale for each head and token; default: float",
+    )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qjax.cli.arguments import MODEL_HELP, Commands, add_compute, add_json, natural, positive
+from qjax.cli.arguments import MODEL_HELP, Commands, add_compute, add_json, add_kv_cache, natural, positive
 from qjax.errors import QjaxError
 
 WEIGHTS_ALONE = "of x in each product; default: float, which measures the weights alone"
@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--kl-base", metavar="FILE.kld", help="compare with another model's predictions in this file")
     sub.add_argument("--save-kl-base", action="store_true", help="write that file with this model's predictions")
     add_compute(sub, WEIGHTS_ALONE)
+    add_kv_cache(sub)
     add_json(sub)
 
     sub = commands.add(
@@ -73,6 +74,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--save", metavar="FILE", help="write the made-up model as GGUF, and measure nothing")
     sub.add_argument("--kernels", action="store_true", help="say which kernel each tensor takes, and measure nothing")
     add_compute(sub)
+    add_kv_cache(sub)
     add_json(sub)
 
 
@@ -103,6 +105,7 @@ def _perplexity(args: argparse.Namespace) -> None:
         ctx=args.ctx,
         chunks=args.chunks,
         activations=activations,
+        kv_cache=args.kv_cache,
         kl_base=args.kl_base,
         save_kl_base=args.save_kl_base,
     )
@@ -181,6 +184,7 @@ def _bench(args: argparse.Namespace) -> None:
         repeat=args.repeat,
         threads=args.threads,
         activations=args.activations,
+        kv_cache=args.kv_cache,
     )
     if args.json:
         emit_json(result)

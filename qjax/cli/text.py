@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qjax.cli.arguments import Commands, add_compute, add_json, natural, number, positive
+from qjax.cli.arguments import Commands, add_compute, add_json, add_kv_cache, natural, number, positive
 from qjax.errors import QjaxError
 
 
@@ -17,6 +17,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--echo", action="store_true", help="print the prompt too")
     _add_sampling(sub)
     add_compute(sub)
+    add_kv_cache(sub)
     add_json(sub)
 
     sub = commands.add(
@@ -25,6 +26,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--system", help="the system message")
     _add_sampling(sub)
     add_compute(sub)
+    add_kv_cache(sub)
 
     sub = commands.add(
         "tokenize", "Token ids of a text.", "qjax tokenize embedded --file README.md --json", _tokenize, compiles=False
@@ -66,6 +68,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         "seed",
         "stop",
         "activations",
+        "kv_cache",
     )
     return {name: getattr(args, name) for name in names}
 

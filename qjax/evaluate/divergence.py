@@ -21,7 +21,7 @@ from qjax.errors import FormatError, QjaxError
 from qjax.evaluate.perplexity import Perplexity, exp, scored, scored_tokens, summarize, token_losses
 from qjax.formats.atomic import atomic_file
 from qjax.kernels import Activations
-from qjax.models import ModelConfig
+from qjax.models import CacheKind, ModelConfig
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8sIii")
@@ -147,6 +147,7 @@ def save_base(
     *,
     bos_id: int | None,
     activations: Activations = "float",
+    kv_cache: CacheKind = "float",
     progress: Progress | None = None,
 ) -> Float64[np.ndarray, "chunks n"]:
     """Write a model's log-probabilities on `chunks` (`models.chunks.chunks_of`), whole or not at all.
@@ -169,7 +170,14 @@ def save_base(
         file.write(_HEADER.pack(_MAGIC, chunks.shape[1], config.vocab, len(chunks)))
         file.write(chunks.astype("<i4").tobytes())
         return token_losses(
-            params, config, chunks, bos_id=bos_id, activations=activations, progress=progress, each=write
+            params,
+            config,
+            chunks,
+            bos_id=bos_id,
+            activations=activations,
+            kv_cache=kv_cache,
+            progress=progress,
+            each=write,
         )
 
 
@@ -194,6 +202,7 @@ def divergence(
     bos_id: int | None,
     chunks: int | None = None,
     activations: Activations = "float",
+    kv_cache: CacheKind = "float",
     progress: Progress | None = None,
 ) -> Divergence:
     """A model's perplexity on the base file's text, and how far its predictions are from the base's.
@@ -207,7 +216,14 @@ def divergence(
     """
     start = time.perf_counter()
     scores = score_against(
-        params, config, base, bos_id=bos_id, chunks=chunks, activations=activations, progress=progress
+        params,
+        config,
+        base,
+        bos_id=bos_id,
+        chunks=chunks,
+        activations=activations,
+        kv_cache=kv_cache,
+        progress=progress,
     )
     return statistics(scores, time.perf_counter() - start)
 
@@ -220,6 +236,7 @@ def score_against(
     bos_id: int | None,
     chunks: int | None,
     activations: Activations,
+    kv_cache: CacheKind = "float",
     progress: Progress | None,
 ) -> Scores:
     """What `divergence` gives the statistics of, token by token."""
@@ -229,7 +246,7 @@ def score_against(
     shape = (count, scored_tokens(base.tokens.shape[1]))
     scores = Scores(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.bool_))
     total = 0.0
-    looked = scored(params, config, base.tokens[:count], bos_id=bos_id, activations=activations)
+    looked = scored(params, config, base.tokens[:count], bos_id=bos_id, activations=activations, kv_cache=kv_cache)
     for i, (logits, targets) in enumerate(looked):
         rows = np.ascontiguousarray(base.rows[i])
         head = np.ascontiguousarray(rows[:, :4]).view("<f4")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float64, Int, Int32
 
 from qjax.errors import QjaxError
 from qjax.kernels import Activations
-from qjax.models import ModelConfig, forward
+from qjax.models import CacheKind, ModelConfig, forward, init_cache
 from qjax.models.chunks import begun, chunks_of
 
 
@@ -68,6 +68,7 @@ def perplexity(
     bos_id: int | None = None,
     chunks: int | None = None,
     activations: Activations = "float",
+    kv_cache: CacheKind = "float",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a model on a text of token ids.
@@ -77,6 +78,7 @@ def perplexity(
       n_ctx: tokens of a chunk, at least 8 and even.
       bos_id: replaces each chunk's first token; None where the model adds no BOS.
       chunks: only this many; None for all.
+      kv_cache: "int8" for keys and values as such a cache holds them; else they are float32.
       progress: called as (chunks done, chunks, perplexity so far).
 
     Raises:
@@ -84,7 +86,9 @@ def perplexity(
     """
     cut = chunks_of(config, ids, n_ctx=n_ctx, bos_id=bos_id, chunks=chunks)
     start = time.perf_counter()
-    losses = token_losses(params, config, cut, bos_id=bos_id, activations=activations, progress=progress)
+    losses = token_losses(
+        params, config, cut, bos_id=bos_id, activations=activations, kv_cache=kv_cache, progress=progress
+    )
     return summarize(losses, len(cut), time.perf_counter() - start)
 
 
@@ -95,13 +99,15 @@ def token_losses(
     *,
     bos_id: int | None,
     activations: Activations,
+    kv_cache: CacheKind = "float",
     progress: Callable[[int, int, float], None] | None,
     each: Callable[[Float[Array, "n vocab"]], None] = lambda logits: None,
 ) -> Float64[np.ndarray, "chunks n"]:
     """NLL of each scored token of chunks that are cut already; `each` is given every chunk's logits."""
     losses = np.empty((len(chunks), scored_tokens(chunks.shape[1])), np.float64)
     total = 0.0
-    for i, (logits, targets) in enumerate(scored(params, config, chunks, bos_id=bos_id, activations=activations)):
+    looked = scored(params, config, chunks, bos_id=bos_id, activations=activations, kv_cache=kv_cache)
+    for i, (logits, targets) in enumerate(looked):
         each(logits)
         losses[i] = negative_log_likelihood(logits, targets)
         total += float(losses[i].mean())
@@ -122,11 +128,13 @@ def scored(
     *,
     bos_id: int | None,
     activations: Activations,
+    kv_cache: CacheKind = "float",
 ) -> Iterator[tuple[Float[Array, "n vocab"], Int[Array, " n"]]]:
     """Of each chunk the logits of the predictions that count, n_ctx / 2 - 1, and the tokens that followed."""
     n_ctx = chunks.shape[1]
     first = n_ctx // 2
     at = jnp.arange(first, n_ctx - 1, dtype=jnp.int32)[None]
     for chunk, shown in zip(chunks, begun(chunks, bos_id), strict=True):
-        logits, _ = forward(params, config, jnp.asarray(shown)[None], logits_at=at, activations=activations)
+        cache = init_cache(config, 1, n_ctx, jnp.int8) if kv_cache == "int8" else None
+        logits, _ = forward(params, config, jnp.asarray(shown)[None], cache, logits_at=at, activations=activations)
         yield logits[0], jnp.asarray(chunk[first + 1 :])

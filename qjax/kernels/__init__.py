@@ -18,3 +18,6 @@ from qjax.kernels.qmatmul import qmatmul as qmatmul
 from qjax.kernels.qmatmul import qmatmuls as qmatmuls
 from qjax.kernels.qmatmul import qtake as qtake
 from qjax.kernels.qmatmul import select as select
+from qjax.kernels.slots import Int8Slots as Int8Slots
+from qjax.kernels.slots import empty_slots as empty_slots
+from qjax.kernels.slots import stored_as as stored_as

@@ -17,6 +17,7 @@ from qjax.kernels.native import (
     serves_elementwise,
     swiglu_native,
 )
+from qjax.kernels.slots import Int8Slots, entries
 
 
 def rms_norm(x: Float[Array, "*batch n"], weight: Float[Array, " n"], eps: float) -> Float[Array, "*batch n"]:
@@ -103,10 +104,14 @@ def attention_mask(
     return seen if window is None else seen & (slot > query - window)
 
 
+# Keys or values [batch, kv_heads, slots, dim]: floats, or int8 with scales.
+Entries = Float[Array, "batch kv_heads slots dim"] | Int8Slots
+
+
 def attention(
     q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch kv_heads slots dim"],
-    v: Float[Array, "batch kv_heads slots dim"],
+    k: Entries,
+    v: Entries,
     mask: Bool[Array, "batch seq slots"],
 ) -> Float[Array, "batch seq heads dim"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) in float32; heads share kv_heads in order."""
@@ -117,11 +122,11 @@ def attention(
     grouped = q.reshape(batch, seq, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, group * seq, dim).astype(jnp.float32)
     precision: Any = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k.astype(jnp.float32), precision=precision)
+    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, entries(k), precision=precision)
     scores = scores.reshape(batch, kv_heads, group, seq, -1) * jnp.float32(dim**-0.5)
     scores = jnp.where(mask[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, group * seq, -1)
-    out = jnp.einsum("bkqs,bksd->bkqd", weights, v.astype(jnp.float32), precision=precision)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, entries(v), precision=precision)
     out = out.reshape(batch, kv_heads, group, seq, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, seq, heads, dim).astype(q.dtype)
 
@@ -134,8 +139,8 @@ def _attention_by_dots(window: int | None) -> Callable[..., Any]:
 
 def attend(
     q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch kv_heads slots dim"],
-    v: Float[Array, "batch kv_heads slots dim"],
+    k: Entries,
+    v: Entries,
     positions: Int[Array, "batch seq"],
     window: int | None,
 ) -> Float[Array, "batch seq heads dim"]:

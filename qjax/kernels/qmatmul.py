@@ -21,9 +21,10 @@ from qjax.arrays.base import take_rows
 from qjax.arrays.transformed import TransformedArray, rounded
 from qjax.kernels import native
 from qjax.kernels.int8 import matmul_int8_few, matmul_int8_many
-from qjax.kernels.native import matmul_native, matmuls_native, serves
+from qjax.kernels.native import lanes_of, matmul_native, matmuls_native, serves, sums_tokens
 from qjax.kernels.reference import matmul_reference
 from qjax.kernels.tiles import matmul_tiles
+from qjax.kernels.tokens import matmul_tokens, multiplies_tokens
 
 Activations = Literal["float", "int8"]
 Matmul = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
@@ -40,38 +41,79 @@ class Kernel(NamedTuple):
     run: Matmul
 
 
+def _inner(weight: Any) -> Any:
+    return weight.inner if isinstance(weight, TransformedArray) else weight
+
+
+def _rounding(weight: Any) -> str | None:
+    """What the weight itself says that x is rounded to."""
+    return weight.rounding if isinstance(weight, TransformedArray) else None
+
+
 def _rounds(weight: Any, activations: str) -> bool:
-    """Whether x is rounded for this weight: of grouped codes there are integer products."""
-    return activations == "int8" and isinstance(weight, GroupedArray | LaneBlockedArray)
+    """Whether x is rounded by groups: of grouped codes there are integer products. Nothing is rounded twice."""
+    grouped = isinstance(_inner(weight), GroupedArray | LaneBlockedArray)
+    return activations == "int8" and grouped and _rounding(weight) is None
 
 
 def _straight_through(run: Matmul) -> Matmul:
     """Differentiate a product of rounded activations as if they were not rounded (Bengio et al. 2013)."""
-    rounded = jax.custom_jvp(run)
-    rounded.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(matmul_float, primals, tangents)[1]))
-    return rounded
+    through = jax.custom_jvp(run)
+    through.defjvp(lambda primals, tangents: (run(*primals), jax.jvp(matmul_float, primals, tangents)[1]))
+    return through
+
+
+def _on_changed_x(run: Matmul) -> Matmul:
+    """A kernel that knows no transformed weights, for these too, but for their rounding."""
+
+    def changed(x: Any, weight: Any) -> Any:
+        return run(weight.transform(x), weight.inner) if isinstance(weight, TransformedArray) else run(x, weight)
+
+    return changed
 
 
 def _in_rows(run: Matmul) -> Matmul:
     """A kernel that reads rows side by side, for weights in lanes too."""
-    return lambda x, weight: run(x, weight.plain() if isinstance(weight, LaneBlockedArray) else weight)
+    return _on_changed_x(lambda x, weight: run(x, weight.plain() if isinstance(weight, LaneBlockedArray) else weight))
+
+
+def _rounded_first(x: Float[Array, "rows in"], weight: TransformedArray) -> Float[Array, "rows out"]:
+    """x rounded as the weight says, and multiplied as floats."""
+    return select(weight.inner, x.shape[0]).run(rounded(x, weight), weight.inner)
 
 
 matmul_float = _in_rows(matmul_tiles)
+matmul_w8a8 = _straight_through(lambda x, weight: matmul_tokens(x, weight.plain()))
 matmul_int8 = _straight_through(
     _in_rows(lambda x, weight: (matmul_int8_few if x.shape[0] <= FEW else matmul_int8_many)(x, weight))
 )
 
+# How native kernels round x, and what runs on other platforms.
+_NATIVE: dict[str, tuple[Any, Matmul]] = {
+    "native-w8a8": ("tokens", matmul_w8a8),
+    "native-int8": ("groups", matmul_int8),
+    "native": ("none", matmul_float),
+}
+
+
+def _native(name: str) -> Matmul:
+    rounding, elsewhere = _NATIVE[name]
+    return partial(matmul_native, rounding=rounding, elsewhere=elsewhere)
+
+
 KERNELS: list[Kernel] = [
+    Kernel("native-w8a8", lambda w, m, a: _rounding(w) == "int8" and sums_tokens(w), _native("native-w8a8")),
+    Kernel("xla-w8a8", lambda w, m, a: _rounding(w) == "int8" and multiplies_tokens(w.inner.plain()), matmul_w8a8),
+    Kernel("rounded", lambda w, m, a: _rounding(w) is not None, _rounded_first),
     Kernel(
         "native-int8",
-        lambda w, m, a: _rounds(w, a) and isinstance(w, LaneBlockedArray) and serves(w),
-        partial(matmul_native, int8=True, elsewhere=matmul_int8),
+        lambda w, m, a: _rounds(w, a) and lanes_of(w) is not None and serves(w),
+        _native("native-int8"),
     ),
     Kernel(
         "native",
-        lambda w, m, a: (isinstance(w, LaneBlockedArray) or m <= FEW_DENSE) and serves(w),
-        partial(matmul_native, int8=False, elsewhere=matmul_float),
+        lambda w, m, a: (lanes_of(w) is not None or m <= FEW_DENSE) and serves(w),
+        _native("native"),
     ),
     Kernel("xla-int8", lambda w, m, a: _rounds(w, a), matmul_int8),
     Kernel("xla-dot", lambda w, m, a: getattr(w, "dtype", None) == jnp.float32, matmul_reference),
@@ -96,8 +138,6 @@ def select(weight: Any, rows: int, activations: Activations = "float") -> Kernel
     """
     if activations not in get_args(Activations):
         raise ValueError(f"expected activations of {get_args(Activations)}, got {activations!r}")
-    if isinstance(weight, TransformedArray):
-        weight = weight.inner
     for kernel in KERNELS:
         if kernel.serves(weight, rows, activations):
             return kernel
@@ -124,13 +164,13 @@ def qmatmuls(
       ValueError: see `qmatmul`.
     """
     rows = math.prod(x.shape[:-1])
-    names = {select(weight, rows, activations).name for weight in weights if not isinstance(weight, Partitioned)}
-    together = all(isinstance(weight, LaneBlockedArray) and weight.shape[-1] == x.shape[-1] for weight in weights)
-    if not together or len(names) != 1 or not (name := names.pop()).startswith("native"):
+    together = all(lanes_of(weight) is not None and weight.shape[-1] == x.shape[-1] for weight in weights)
+    names = {select(weight, rows, activations).name for weight in weights} if together else set()
+    if len(names) != 1 or (name := names.pop()) not in _NATIVE:
         return tuple(qmatmul(x, weight, activations=activations) for weight in weights)
-    int8 = name == "native-int8"
+    rounding, elsewhere = _NATIVE[name]
     flat = x.reshape(rows, x.shape[-1]).astype(jnp.float32)
-    products = matmuls_native(flat, weights, int8=int8, elsewhere=matmul_int8 if int8 else matmul_float)
+    products = matmuls_native(flat, weights, rounding=rounding, elsewhere=elsewhere)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(_result_dtype(x)) for y in products)
 
 
@@ -153,7 +193,8 @@ def qmatmul(
       x: float activations; computed in float32, returned in x's dtype.
       weight: a QuantizedArray or float array [out, in], or a Partitioned one, for which the kernel runs inside a
         shard_map over the weight's mesh.
-      activations: "int8" rounds x by groups before multiplying integers.
+      activations: "int8" rounds x by groups before multiplying integers; a weight that says itself how x is rounded
+        is not asked twice.
 
     Raises:
       ValueError: x's last axis is not the weight's in_features.
@@ -161,7 +202,8 @@ def qmatmul(
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"expected x with {weight.shape[-1]} columns for weight {weight.shape}, got {x.shape}")
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    if isinstance(weight, TransformedArray):
+    if isinstance(weight, TransformedArray) and isinstance(weight.inner, Partitioned):
+        activations = activations if weight.rounding is None else "float"
         flat, weight = rounded(flat, weight), weight.inner
     if isinstance(weight, Partitioned):
         y = _sharded(flat, weight, activations)

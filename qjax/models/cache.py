@@ -8,17 +8,25 @@ Slot j holds position j. What lies at or after `length` is never seen: padding m
 overwritten by the next tokens.
 """
 
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
+from qjax.kernels import empty_slots
 from qjax.models.config import ModelConfig
+
+# What a cache holds its entries as: 16-bit floats (or wider), or int8 with a scale for each head and token.
+CacheKind = Literal["float", "int8"]
 
 
 @struct.dataclass
 class KVCache:
-    """Leaves: keys and values, tuples of [batch, kv_heads, slots, head_dim], one a layer; length int32 [batch]."""
+    """Leaves: keys and values, tuples of [batch, kv_heads, slots, head_dim], one a layer; length int32 [batch].
+
+    Those of an int8 cache are `Int8Slots`, codes with a scale for each head and token.
+    """
 
     keys: Any
     values: Any
@@ -38,20 +46,19 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float16) -> KVCache:
-    """An empty cache for `slots` positions of `batch` texts; float16 or bfloat16 (or float32) entries."""
+    """An empty cache for `slots` positions of `batch` texts; float16, bfloat16, float32 or int8 entries."""
     shape = (batch, config.kv_heads, slots, config.head_dim)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)),
+        keys=tuple(empty_slots(shape, dtype) for _ in range(config.layers)),
+        values=tuple(empty_slots(shape, dtype) for _ in range(config.layers)),
         length=jnp.zeros(batch, jnp.int32),
     )
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The same cache with room for `slots` positions, at least as many as it has: the new ones hold zeros."""
-    more = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
-    return KVCache(
-        keys=tuple(jnp.pad(array, more) for array in cache.keys),
-        values=tuple(jnp.pad(array, more) for array in cache.values),
-        length=cache.length,
-    )
+
+    def grown(array: Any) -> Any:
+        return jnp.pad(array, [(0, slots - cache.slots if axis == 2 else 0) for axis in range(array.ndim)])
+
+    return KVCache(jax.tree.map(grown, cache.keys), jax.tree.map(grown, cache.values), cache.length)

@@ -17,7 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from qjax.kernels import Activations, Angles, attend, qmatmul, qmatmuls, qtake, rms_norm, rope, rope_angles, swiglu
+from qjax.kernels import (
+    Activations,
+    Angles,
+    attend,
+    qmatmul,
+    qmatmuls,
+    qtake,
+    rms_norm,
+    rope,
+    rope_angles,
+    stored_as,
+    swiglu,
+)
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 
@@ -43,12 +55,14 @@ def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activati
 
 def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: Positions) -> Any:
     """Write new entries at their positions; the caller has room for them."""
-    new = new.astype(cache.dtype)
-    if new.shape[0] == 1:
-        block = new.transpose(0, 2, 1, 3)
-        return lax.dynamic_update_slice_in_dim(cache, block, positions[0, 0], axis=2)
     rows = jnp.arange(new.shape[0], dtype=positions.dtype)[:, None]
-    return cache.at[rows, :, positions].set(new, mode="drop")
+
+    def write(held: Any, block: Any) -> Any:
+        if block.shape[0] == 1:
+            return lax.dynamic_update_slice_in_dim(held, jnp.swapaxes(block, 1, 2), positions[0, 0], axis=2)
+        return held.at[rows, :, positions].set(block, mode="drop")
+
+    return jax.tree.map(write, cache, stored_as(new, cache))
 
 
 @partial(jax.jit, static_argnames=("config", "activations", "tap"), donate_argnames=("cache",))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qjax import api
 from qjax.evaluate.shapes import shape_of
@@ -42,6 +43,7 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     activations: Any = None,
+    kv_cache: Any = "float",
 ) -> dict[str, Any]:
     """Prompt and generation speed of a file, or of made-up weights of a known shape."""
     activations = activations or default_activations()
@@ -57,6 +59,7 @@ def bench(
             tg=tg,
             repeat=repeat,
             activations=activations,
+            cache_dtype=jnp.int8 if kv_cache == "int8" else jnp.float16,
             progress=lambda test, done, total: advance(done, total, test),
         )
     size = opened.memory
@@ -68,6 +71,7 @@ def bench(
         "backend": jax.default_backend(),
         "threads": threads,
         "activations": activations,
+        "kv_cache": kv_cache,
         "rows": [row._asdict() for row in rows],
         "load_seconds": load_seconds,
         "peak_bytes": peak_bytes(),

@@ -110,6 +110,7 @@ def measure_perplexity(
     ctx: int,
     chunks: int | None,
     activations: Any = "float",
+    kv_cache: Any = "float",
     kl_base: str | None = None,
     save_kl_base: bool = False,
 ) -> dict[str, Any]:
@@ -122,7 +123,15 @@ def measure_perplexity(
     ids: Sequence[int] = model.encode(text)
     if kl_base is not None:
         return _against_base(
-            model, ids, kl_base, save_kl_base, ctx=ctx, chunks=chunks, activations=activations, bos=bos
+            model,
+            ids,
+            kl_base,
+            save_kl_base,
+            ctx=ctx,
+            chunks=chunks,
+            activations=activations,
+            kv_cache=kv_cache,
+            bos=bos,
         )
     with progress_bar("perplexity") as advance:
         result = perplexity(
@@ -133,6 +142,7 @@ def measure_perplexity(
             bos_id=bos,
             chunks=chunks,
             activations=activations,
+            kv_cache=kv_cache,
             progress=lambda done, total, so_far: advance(done, total, f"{so_far:.4f}"),
         )
     return _finite(model, result)
@@ -152,11 +162,12 @@ def _against_base(
     ctx: int,
     chunks: int | None,
     activations: Any,
+    kv_cache: Any,
     bos: int | None,
 ) -> dict[str, Any]:
     with progress_bar("saving" if save else "divergence") as advance:
         show = lambda done, total, so_far: advance(done, total, f"{so_far:.4f}")
-        options: dict[str, Any] = {"bos_id": bos, "activations": activations, "progress": show}
+        options: dict[str, Any] = {"bos_id": bos, "activations": activations, "kv_cache": kv_cache, "progress": show}
         if save:
             cut = chunks_of(model.config, ids, n_ctx=ctx, bos_id=bos, chunks=chunks)
             start = time.perf_counter()

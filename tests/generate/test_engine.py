@@ -85,9 +85,9 @@ def test_unequal_prompts_give_what_each_gives_alone(made: Any) -> None:
     assert len({tuple(row) for row in together}) == 3
 
 
-def test_a_half_cache_changes_little(made: Any) -> None:
+def test_a_narrow_cache_changes_little(made: Any) -> None:
     prompt = prompt_of(20)
-    for dtype in (jnp.float16, jnp.bfloat16):
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.int8):
         assert texts(made, [prompt], 1, cache_dtype=dtype) == texts(made, [prompt], 1)
 
 

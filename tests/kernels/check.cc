@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kRows[] = {1, 2, 3, 5, 8, 13, 40};
 // Of the sum of what is added, without signs.
-constexpr double kTolerance = 1e-6;
+constexpr double kTolerance = 2e-6;
 constexpr double kTiny = 1e-36;
 constexpr int kThreads = 3;
 constexpr int kMostMessages = 20;
@@ -147,7 +147,8 @@ struct Check {
   }
 
   // numbers: weights, rows of x, columns, then of each weight its facts and table.
-  // blobs: x; each weight's leaves; expected and size of each weight's product; the same for int8.
+  // then the ways in which x is changed: their number, and of each its rounding, and whether it has columns, an input scale
+  // and a scale of x. blobs: x; each weight's leaves; of each way what it has, and expected and size of each product.
   void Matmul(const Case& c) {
     constexpr int kFacts = 12 + 16;
     const int64_t count = c.numbers[0], most = c.numbers[1], columns = c.numbers[2];
@@ -180,7 +181,13 @@ struct Check {
       if (const char* refused = qjax_check(&w)) Fail(c, refused);
     }
     if (failures > before) return;
-    for (int int8 = 0; int8 < 2; ++int8) {
+    const int64_t* way = c.numbers.data() + 3 + count * kFacts;
+    const int64_t ways = *way++;
+    for (int64_t i = 0; i < ways; ++i, way += 4, next += 2 * count) {
+      qjax_input input{nullptr, 0, nullptr, nullptr, nullptr, static_cast<int32_t>(way[0])};
+      if (way[1]) input.columns = As<int32_t>(c.blobs[next++]);
+      if (way[2]) input.input_scale = As<float>(c.blobs[next++]);
+      if (way[3]) input.x_scale = As<float>(c.blobs[next++]);
       for (int64_t m : kRows) {
         if (m > most) break;
         const std::vector<float> x(As<float>(c.blobs[0]), As<float>(c.blobs[0]) + m * columns);
@@ -189,14 +196,15 @@ struct Check {
           std::vector<float*> y;
           for (const qjax_weight& w : weights) results[shared].emplace_back(m * w.rows, 1e30f);
           for (std::vector<float>& result : results[shared]) y.push_back(result.data());
-          const int code = qjax_matmul(weights.data(), count, x.data(), m, y.data(), int8, isa,
-                                       shared ? Threads : nullptr, pool);
+          input.x = x.data();
+          input.m = m;
+          const int code = qjax_matmul(weights.data(), count, &input, y.data(), isa, shared ? Threads : nullptr, pool);
           if (code != 0) return Fail(c, "code " + std::to_string(code));
         }
-        for (int64_t i = 0; i < count; ++i) {
-          const size_t at = next + 2 * (int8 * count + i);
-          Compare(c, "int8=" + std::to_string(int8) + " m=" + std::to_string(m) + " weight " + std::to_string(i),
-                  results[0][i], results[1][i], As<double>(c.blobs[at]), As<double>(c.blobs[at + 1]));
+        for (int64_t j = 0; j < count; ++j) {
+          const size_t at = next + 2 * j;
+          Compare(c, "way " + std::to_string(i) + " m=" + std::to_string(m) + " weight " + std::to_string(j),
+                  results[0][j], results[1][j], As<double>(c.blobs[at]), As<double>(c.blobs[at + 1]));
         }
       }
     }
@@ -219,19 +227,22 @@ struct Check {
     }
   }
 
-  // numbers: batch, seq, heads, kv_heads, slots, dim, window, kind. blobs: q, k, v, positions, expected, size.
+  // numbers: batch, seq, heads, kv_heads, slots, dim, window, kind. blobs: q, k, v, positions, (of int8 their scales,) expected, size.
   void Attention(const Case& c) {
     const auto& n = c.numbers;
     std::vector<float> out[2];
     for (int shared = 0; shared < 2; ++shared) {
       out[shared].assign(n[0] * n[1] * n[2] * n[5], 1e30f);
+      const bool int8 = n[7] == QJAX_KIND_INT8;
       const qjax_attention_args args{As<float>(c.blobs[0]), c.blobs[1].data(), c.blobs[2].data(),
+                                     int8 ? As<float>(c.blobs[4]) : nullptr, int8 ? As<float>(c.blobs[5]) : nullptr,
                                      As<int32_t>(c.blobs[3]), out[shared].data(), n[0], n[1], n[2], n[3], n[4], n[5],
                                      n[6], static_cast<int32_t>(n[7])};
       const int code = qjax_attention(&args, isa, shared ? Threads : nullptr, pool);
       if (code != 0) return Fail(c, "code " + std::to_string(code));
     }
-    Compare(c, "", out[0], out[1], As<double>(c.blobs[4]), As<double>(c.blobs[5]));
+    const size_t next = c.blobs.size() - 2;
+    Compare(c, "", out[0], out[1], As<double>(c.blobs[next]), As<double>(c.blobs[next + 1]));
   }
 
   // numbers: rows, n; of a rotation tokens, heads, dim, half, interleaved. blobs: what goes in, expected, size.

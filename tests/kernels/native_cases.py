@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 MATMUL, DENSE, ATTENTION, TO_LANES, RMS_NORM, SWIGLU, ROPE = range(7)
+FLOATS, GROUPS, TOKENS = range(3)
 F16, F32, E8M0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_XS = range(8)
 SUB_BYTES = {Q2_K: 16, Q3_K: 12, Q4_K: 12, Q6_K: 16, IQ4_XS: 6}
 LANES, STEP, SUPER_BLOCK = 16, 32, 256
@@ -186,6 +187,50 @@ def rounded(x: np.ndarray) -> np.ndarray:
         return np.where(known, whole * scale, np.nan).reshape(rows, -1)[:, :columns]
 
 
+def rounded_rows(x: np.ndarray, fixed: np.ndarray | None) -> np.ndarray:
+    """x as int8 with a scale a row, in float64; NaN where a row has no scale."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        scale = np.abs(x).max(1, keepdims=True) / np.float32(127.5) if fixed is None else fixed
+        scale = np.where(scale == 0, np.float32(1), scale)
+        whole = np.clip(np.rint((x / scale).astype(np.float32)), -128, 127).astype(np.float64)
+        return np.where(np.isfinite(scale), whole * scale, np.nan)
+
+
+@dataclass
+class Way:
+    """How x is changed before it is multiplied."""
+
+    rounding: int
+    columns: np.ndarray | None = None
+    input_scale: np.ndarray | None = None
+    x_scale: np.ndarray | None = None
+
+    def leaves(self) -> list[np.ndarray | None]:
+        return [self.columns, self.input_scale, self.x_scale]
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        if self.input_scale is not None:
+            x = x / self.input_scale
+        if self.columns is not None:
+            x = x[:, self.columns]
+        return {FLOATS: lambda: x, GROUPS: lambda: rounded(x), TOKENS: lambda: rounded_rows(x, self.x_scale)}[
+            self.rounding
+        ]()
+
+
+def ways(weights: Sequence[Weight], seed: int) -> list[Way]:
+    """Plain ones, and by turns one that changes x in other ways too."""
+    rng = np.random.default_rng(seed)
+    columns = weights[0].columns
+    found = [Way(FLOATS), Way(GROUPS)]
+    order, scale = rng.permutation(columns).astype(np.int32), rng.uniform(0.5, 2, columns).astype(np.float32)
+    changes = [(order, None), (None, scale), (order, scale)][seed % 3]
+    whole = all(w.kind in (F16, F32) and not w.has[0] and w.group != 16 for w in weights)
+    if whole:
+        found.append(Way(TOKENS, x_scale=np.array([0.05], np.float32) if seed % 2 else None))
+    return [*found, Way((FLOATS, GROUPS, TOKENS)[seed // 3 % (3 if whole else 2)], *changes)]
+
+
 def expected(x: np.ndarray, floats: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
     """x @ floats.T, and what its rounding is relative to; NaN in rows of x that are not finite."""
     finite = np.isfinite(x).all(1, keepdims=True)
@@ -196,8 +241,15 @@ def expected(x: np.ndarray, floats: np.ndarray, sizes: np.ndarray) -> list[np.nd
 def matmul(weights: Sequence[Weight], rows: int, seed: int) -> Case:
     first = weights[0]
     x = activations(rows, first.columns, seed)
-    results = [array for each in (x, rounded(x)) for w in weights for array in expected(each, w.floats, w.sizes)]
     numbers = [len(weights), rows, first.columns, *(fact for w in weights for fact in w.facts())]
+    results: list[np.ndarray] = []
+    found = ways(weights, seed)
+    numbers.append(len(found))
+    for way in found:
+        numbers += [way.rounding, *(leaf is not None for leaf in way.leaves())]
+        changed = way.of(x)
+        results += [leaf for leaf in way.leaves() if leaf is not None]
+        results += [array for w in weights for array in expected(changed, w.floats, w.sizes)]
     facts = ("widths", "rows", "columns", "group", "kind", "offset", "minimum", "zero", "table")
     names = [" ".join(f"{name}={getattr(w, name)}" for name in facts if getattr(w, name)) for w in weights]
     return MATMUL, " | ".join(names), numbers, [x, *(leaf for w in weights for leaf in w.leaves), *results]
@@ -274,12 +326,17 @@ def denses() -> Iterator[Case]:
 
 def attentions() -> Iterator[Case]:
     shapes = ((1, 1, 4, 4, 70, 64), (2, 5, 8, 2, 100, 32), (1, 40, 6, 1, 130, 80), (1, 3, 2, 2, 1, 16))
-    for seed, (shape, kind, window) in enumerate(itertools.product(shapes, (0, 1, 2), (0, 1, 33))):
+    for seed, (shape, kind, window) in enumerate(itertools.product(shapes, (0, 1, 2, 3), (0, 1, 33))):
         batch, seq, heads, kv_heads, slots, dim = shape
         rng = np.random.default_rng(seed)
         q = (2 * rng.standard_normal((batch, seq, heads, dim))).astype(np.float32)
         held = rng.standard_normal((2, batch, kv_heads, slots, dim)).astype(np.float32)
-        if kind == 1:
+        scales: list[np.ndarray] = []
+        if kind == 3:
+            stored = rng.integers(-127, 128, held.shape).astype(np.int8)
+            scales = list(rng.uniform(0, 0.02, held.shape[:-1]).astype(np.float32))
+            held = stored.astype(np.float64) * np.stack(scales)[..., None]
+        elif kind == 1:
             stored = (held.view(np.uint32) >> 16).astype(np.uint16)
             held = (stored.astype(np.uint32) << 16).view(np.float32)
         else:
@@ -296,7 +353,7 @@ def attentions() -> Iterator[Case]:
         out = np.einsum("bhst,bhtd->bshd", weights, v)
         size = np.einsum("bhst,bhtd->bshd", weights, np.abs(v)) * (4 + np.abs(scores).max())
         name = f"attention shape={shape} kind={kind} window={window}"
-        yield ATTENTION, name, [*shape, window, kind], [q, stored[0], stored[1], positions, out, size]
+        yield ATTENTION, name, [*shape, window, kind], [q, stored[0], stored[1], positions, *scales, out, size]
 
 
 def to_lanes() -> Iterator[Case]:

@@ -85,7 +85,8 @@ def test_refuses(facts: dict[str, object]) -> None:
     x, y = np.zeros((1, 64), np.float32), np.zeros((1, 64), np.float32)
     results = (ctypes.c_void_p * 1)(y.ctypes.data)
     none = library.Parallel()
-    assert core().qjax_matmul(weight, 1, x.ctypes.data, 1, results, 0, core().qjax_best_isa(), none, None) == 1
+    given = library.Input(x=x.ctypes.data, m=1)
+    assert core().qjax_matmul(weight, 1, given, results, core().qjax_best_isa(), none, None) == 1
 
 
 def test_refuses_instructions_that_this_cpu_has_not() -> None:
@@ -93,4 +94,21 @@ def test_refuses_instructions_that_this_cpu_has_not() -> None:
     x, y = np.zeros((1, 64), np.float32), np.zeros((1, 5), np.float32)
     results = (ctypes.c_void_p * 1)(y.ctypes.data)
     for isa in (-1, len(library.ISAS), *(n for n in range(len(library.ISAS)) if not core().qjax_has_isa(n))):
-        assert core().qjax_matmul(weight, 1, x.ctypes.data, 1, results, 0, isa, library.Parallel(), None) == 1
+        given = library.Input(x=x.ctypes.data, m=1)
+        assert core().qjax_matmul(weight, 1, given, results, isa, library.Parallel(), None) == 1
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"group_size": 16}, {"scale_kind": 2}, {"minimum": 1}, {"columns": 1 << 17, "group_size": 1 << 17}],
+    ids=str,
+)
+def test_refuses_to_sum_what_integers_cannot_hold(facts: dict[str, object]) -> None:
+    weight, held = q4(**{name: value for name, value in facts.items() if name != "minimum"})
+    if "minimum" in facts:
+        weight.minimum = held[1].ctypes.data
+    assert core().qjax_check(weight) is None
+    x, y = np.zeros((1, weight.columns), np.float32), np.zeros((1, 5), np.float32)
+    results = (ctypes.c_void_p * 1)(y.ctypes.data)
+    given = library.Input(x=x.ctypes.data, m=1, rounding=2)
+    assert core().qjax_matmul(weight, 1, given, results, core().qjax_best_isa(), library.Parallel(), None) == 1

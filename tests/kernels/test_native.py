@@ -62,7 +62,7 @@ def check(array: Any, rows: int, seed: int, isa: int, monkeypatch: pytest.Monkey
     floats = np.asarray(jax.tree.map(jnp.asarray, array).dequantize()).astype(np.float64)
     lanes = jax.tree.map(jnp.asarray, to_lanes(array))
     for int8 in (False, True):
-        (ours,) = matmul._call(jnp.asarray(x), (lanes,), int8=int8)
+        (ours,) = matmul._call(jnp.asarray(x), (lanes,), rounding="groups" if int8 else "none")
         wanted = rounded(x) if int8 else x.astype(np.float64)
         # Rounding is bounded by what is summed; minimums and zeros may cancel most of it.
         size = (np.abs(wanted) @ np.abs(floats).T).max() + np.abs(wanted).sum(1).max() * np.abs(floats).max()
@@ -120,10 +120,8 @@ def test_threads_and_order_change_no_bit(rows: int, int8: bool, isa: int, monkey
     def run(parallel: Any) -> np.ndarray:
         y = np.full((rows, 700), np.nan, np.float32)
         out = (ctypes.c_void_p * 1)(y.ctypes.data)
-        done = kernels.qjax_matmul(
-            *(ctypes.byref(w), 1, x.ctypes.data, rows, out, int8, isa, parallel, None),
-        )
-        assert done == 0
+        given = library.Input(x=x.ctypes.data, m=rows, rounding=int8)
+        assert kernels.qjax_matmul(ctypes.byref(w), 1, ctypes.byref(given), out, isa, parallel, None) == 0
         return y
 
     @library.Parallel
@@ -133,7 +131,7 @@ def test_threads_and_order_change_no_bit(rows: int, int8: bool, isa: int, monkey
 
     alone = run(library.Parallel())
     np.testing.assert_array_equal(run(backwards), alone)
-    (pool,) = matmul._call(jnp.asarray(x), (jax.tree.map(jnp.asarray, held),), int8=int8)
+    (pool,) = matmul._call(jnp.asarray(x), (jax.tree.map(jnp.asarray, held),), rounding="groups" if int8 else "none")
     np.testing.assert_array_equal(pool, alone)
 
 
@@ -141,9 +139,9 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """As long as as many rows are few, or many."""
     w = jax.tree.map(jnp.asarray, to_lanes(affine(4, 32, "minimum", 50, 256, 0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((30, 256)), jnp.float32)
-    for int8 in (False, True):
-        (many,) = matmul._call(x, (w,), int8=int8)
-        np.testing.assert_array_equal(matmul._call(x[:20], (w,), int8=int8)[0], many[:20])
+    for rounding in ("none", "groups"):
+        (many,) = matmul._call(x, (w,), rounding=rounding)
+        np.testing.assert_array_equal(matmul._call(x[:20], (w,), rounding=rounding)[0], many[:20])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -97,6 +97,22 @@ def test_the_number_of_slots_does_not_matter(floats: Model) -> None:
         assert worst(logits, plain) < TOLERANCE
 
 
+def test_an_int8_cache_changes_little_and_rows_alike(floats: Model) -> None:
+    params, config = floats
+    tokens, counts = ids(2, 6), jnp.array([4, 6], jnp.int32)
+    plain, _ = forward(params, config, tokens)
+    logits, cache = forward(params, config, tokens, init_cache(config, 2, 16, jnp.int8), counts=counts)
+    assert cache is not None
+    assert 1e-5 < worst(logits, plain) < 0.03
+    assert cache.length.tolist() == [4, 6]
+    assert (cache.keys[0].codes.dtype, cache.keys[0].scale.shape) == (jnp.int8, (2, config.kv_heads, 16))
+    # Token by token it holds what the whole text gave it, and padding is overwritten.
+    again, _ = forward(params, config, tokens[:, 4:], cache)
+    assert worst(again[0], logits[0, 4:]) < TOLERANCE
+    one, _ = forward(params, config, tokens[1:], init_cache(config, 1, 16, jnp.int8))
+    assert worst(one[0], logits[1]) < TOLERANCE
+
+
 def test_logits_at_are_those_of_the_positions(floats: Model) -> None:
     params, config = floats
     tokens, at = ids(2, 6), jnp.array([[5, 0], [2, 2]], jnp.int32)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from qjax.kernels.native.call import native_function
 from qjax.kernels.native.library import ATTENTION_TARGET, available
 
-_CACHE_DTYPES = ("float16", "bfloat16", "float32")
+_CACHE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 def serves_attention(q: Any, k: Any, v: Any) -> bool:
@@ -21,13 +21,16 @@ def serves_attention(q: Any, k: Any, v: Any) -> bool:
 
 def attention_native(
     q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch kv_heads slots dim"],
-    v: Float[Array, "batch kv_heads slots dim"],
+    k: Any,
+    v: Any,
     positions: Int[Array, "batch seq"],
     *,
     window: int | None,
     elsewhere: Callable[..., Any],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Attention of queries at `positions`; differentiable as `elsewhere` is, which serves the other platforms."""
+    """Attention of queries at `positions` over k and v [batch, kv_heads, slots, dim], floats or `Int8Slots`.
+
+    Differentiable as `elsewhere` is, which serves the other platforms.
+    """
     attributes = (("window", np.int64(window or 0)),)
     return native_function(ATTENTION_TARGET, elsewhere, attributes)(q, k, v, positions.astype(jnp.int32))

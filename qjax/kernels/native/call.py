@@ -15,7 +15,7 @@ from qjax.kernels.native.library import isa_number
 
 def _call(target: str, attributes: tuple[tuple[str, Any], ...], *arrays: Any) -> Any:
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32), vmap_method="sequential")
-    return call(*arrays, **dict(attributes), isa=np.int64(isa_number()))
+    return call(*jax.tree.leaves(arrays), **dict(attributes), isa=np.int64(isa_number()))
 
 
 @functools.cache
@@ -23,6 +23,8 @@ def native_function(
     target: str, elsewhere: Callable[..., Any], attributes: tuple[tuple[str, Any], ...]
 ) -> Callable[..., Any]:
     """The handler on CPU, `elsewhere(*arrays)` on other platforms; float32 of the first array's shape.
+
+    What is a tree of arrays goes to the handler leaf by leaf.
 
     Differentiable as `elsewhere` is. One function for each choice: what is compiled for it is found again.
     """

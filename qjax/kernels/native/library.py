@@ -39,11 +39,21 @@ class Weight(ctypes.Structure):
     )
 
 
+class Input(ctypes.Structure):
+    """core.h's qjax_input."""
+
+    _fields_ = (
+        *(("x", ctypes.c_void_p), ("m", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("columns", "input_scale", "x_scale")),
+        ("rounding", ctypes.c_int32),
+    )
+
+
 class AttentionArguments(ctypes.Structure):
     """core.h's qjax_attention_args."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "positions", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scale", "v_scale", "positions", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "seq", "heads", "kv_heads", "slots", "dim", "window")),
         ("kind", ctypes.c_int32),
     )
@@ -66,7 +76,7 @@ def declare(kernels: ctypes.CDLL) -> None:
         "qjax_has_isa": (i, (i,)),
         "qjax_best_isa": (i, ()),
         "qjax_isa_name": (ctypes.c_char_p, (i,)),
-        "qjax_matmul": (i, (weight, n, p, n, ctypes.POINTER(p), i, i, Parallel, p)),
+        "qjax_matmul": (i, (weight, n, ctypes.POINTER(Input), ctypes.POINTER(p), i, Parallel, p)),
         "qjax_matmul_dense": (i, (p, n, n, i, p, n, p, i, Parallel, p)),
         "qjax_attention": (i, (ctypes.POINTER(AttentionArguments), i, Parallel, p)),
         "qjax_to_lanes": (i, (p, n, n, i, i, i, n, n, p)),

@@ -1,13 +1,13 @@
 """The C++ kernels as JAX functions: every lane-blocked family, any number of rows of x, on CPU; 16-bit floats for few.
 
 `src/core.h` describes what the kernels read. Weights that share their x go in one call: x is made ready once, and the
-threads are woken once.
+threads are woken once. Of transformed weights the kernels change x themselves, once for neighbours that do it alike.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.arrays import AffineArray, CodebookArray, LaneBlockedArray, TwoLevelArray
+from qjax.arrays import AffineArray, CodebookArray, LaneBlockedArray, TransformedArray, TwoLevelArray
 from qjax.kernels.native.library import DENSE_TARGET, MATMUL_TARGET, available, isa_number
 
 # core.h's qjax_scale_kind.
@@ -25,6 +25,12 @@ _TWO_LEVEL_KINDS = {"q2_k": 3, "q3_k": 4, "q4_k": 5, "q6_k": 6, "iq4_xs": 7}
 
 # Weights of one call at most, as in matmul.cc.
 MOST_TOGETHER = 8
+
+# How x is rounded, by core.h's qjax_rounding: not, to int8 in groups of 32 columns, or to int8 token by token.
+Rounding = Literal["none", "groups", "tokens"]
+_ROUNDINGS = {"none": 0, "groups": 1, "tokens": 2}
+# core.h's QJAX_MOST_SUMMED: columns of a scale whose integers are summed first.
+_MOST_SUMMED = 65536
 
 Elsewhere = Callable[[Float[Array, "rows in"], Any], Float[Array, "rows out"]]
 
@@ -61,35 +67,49 @@ def knows(array: Any) -> bool:
     return _scales(array) is not None
 
 
+def lanes_of(weight: Any) -> Any:
+    """The array in lanes that a weight is, or that lies in a transformed one; None for others."""
+    inner = weight.inner if isinstance(weight, TransformedArray) else weight
+    return inner if isinstance(inner, LaneBlockedArray) else None
+
+
 def serves(weight: Any) -> bool:
-    """Whether the C++ kernels know this weight, and are there."""
-    if isinstance(weight, LaneBlockedArray):
-        return knows(weight.inner) and available()
-    return dense_kind(weight) is not None and available()
+    """Whether the C++ kernels know this weight (and what changes its x first, but for rounding), and are there."""
+    lanes = lanes_of(weight)
+    known = dense_kind(weight) is not None if lanes is None else knows(lanes.inner)
+    return known and available()
 
 
-def matmul_native(x: Float[Array, "rows in"], weight: Any, *, int8: bool, elsewhere: Elsewhere) -> Any:
+def sums_tokens(weight: Any) -> bool:
+    """Whether they also sum its products with an x rounded token by token as integers."""
+    lanes = lanes_of(weight)
+    if lanes is None or not serves(weight) or not isinstance(lanes.inner, AffineArray):
+        return False
+    return lanes.inner.minimum is None and 16 < lanes.group_size <= _MOST_SUMMED
+
+
+def matmul_native(x: Float[Array, "rows in"], weight: Any, *, rounding: Rounding, elsewhere: Elsewhere) -> Any:
     """float32 x @ dequantize(weight).T in one pass over the packed bytes; differentiable as `elsewhere` is.
 
     Args:
-      int8: round x to int8 by groups of 32 columns, as `kernels.int8` does.
+      rounding: "groups" rounds x as `kernels.int8` does, "tokens" as `kernels.tokens` does.
       elsewhere: the kernel for the other platforms that this program may be lowered to.
     """
-    return matmuls_native(x, (weight,), int8=int8, elsewhere=elsewhere)[0]
+    return matmuls_native(x, (weight,), rounding=rounding, elsewhere=elsewhere)[0]
 
 
 def matmuls_native(
-    x: Float[Array, "rows in"], weights: Sequence[Any], *, int8: bool, elsewhere: Elsewhere
+    x: Float[Array, "rows in"], weights: Sequence[Any], *, rounding: Rounding, elsewhere: Elsewhere
 ) -> tuple[Float[Array, "rows _"], ...]:
     """`matmul_native` for lane-blocked weights that share x (or one of 16-bit floats), at most MOST_TOGETHER a call."""
     products: list[Any] = []
     for start in range(0, len(weights), MOST_TOGETHER):
-        products += _product(int8, elsewhere)(x, tuple(weights[start : start + MOST_TOGETHER]))
+        products += _product(rounding, elsewhere)(x, tuple(weights[start : start + MOST_TOGETHER]))
     return tuple(products)
 
 
 @functools.cache
-def _product(int8: bool, elsewhere: Elsewhere) -> Callable[[Any, Any], Any]:
+def _product(rounding: Rounding, elsewhere: Elsewhere) -> Callable[[Any, Any], Any]:
     """One function for each choice, so that calls outside of jit find what they compiled before."""
 
     def others(x: Any, weights: Any) -> Any:
@@ -97,7 +117,7 @@ def _product(int8: bool, elsewhere: Elsewhere) -> Callable[[Any, Any], Any]:
 
     @jax.custom_jvp
     def matmul(x: Any, weights: Any) -> Any:
-        here = _call_dense if dense_kind(weights[0]) else partial(_call, int8=int8)
+        here = _call_dense if dense_kind(weights[0]) else partial(_call, rounding=rounding)
         return lax.platform_dependent(x, weights, cpu=here, default=others)
 
     @matmul.defjvp
@@ -114,10 +134,15 @@ def _call_dense(x: Float[Array, "rows in"], weights: tuple[Any, ...]) -> tuple[A
     return (call(x, weight, isa=np.int64(isa_number())),)
 
 
-def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -> tuple[Any, ...]:
+_CHANGES = {"columns": jnp.int32, "input_scale": jnp.float32, "x_scale": jnp.float32}
+
+
+def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, rounding: Rounding) -> tuple[Any, ...]:
     leaves: list[Any] = []
     facts: dict[str, list[int]] = {}
-    for weight in weights:
+    for transformed in weights:
+        weight = lanes_of(transformed)
+        changes = {name: getattr(transformed, name, None) for name in _CHANGES}
         inner = weight.inner
         found = _scales(inner)
         assert found is not None
@@ -125,6 +150,7 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -
         table = inner.table if isinstance(inner, CodebookArray) else ()
         widths = [plane.width for plane in inner.layout]
         leaves += [*inner.planes, *(leaf for leaf in scales.values() if leaf is not None)]
+        leaves += [leaf.astype(_CHANGES[name]) for name, leaf in changes.items() if leaf is not None]
         for name, value in {
             "plane_count": len(widths),
             "width0": widths[0],
@@ -136,6 +162,7 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -
             "has_minimum": scales.get("minimum") is not None,
             "has_sub": scales.get("sub") is not None,
             "has_zero": scales.get("zero") is not None,
+            **{f"has_{name}": leaf is not None for name, leaf in changes.items()},
             "has_table": bool(table),
         }.items():
             facts.setdefault(name, []).append(int(value))
@@ -143,4 +170,4 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, int8: bool) -
     results = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
     call = jax.ffi.ffi_call(MATMUL_TARGET, results, vmap_method="sequential")
     attributes = {name: np.array(values, np.int64) for name, values in facts.items()}
-    return tuple(call(x, *leaves, **attributes, int8=bool(int8), isa=np.int64(isa_number())))
+    return tuple(call(x, *leaves, **attributes, rounding=np.int64(_ROUNDINGS[rounding]), isa=np.int64(isa_number())))

@@ -43,7 +43,8 @@ extern "C" int qjax_attention(const qjax_attention_args* args, int isa, qjax_par
   const KernelTable* table = TableOf(isa);
   const qjax_attention_args& a = *args;
   if (table == nullptr || a.dim < kLanes || a.dim % kLanes != 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0 ||
-      a.slots < 1 || a.kind < QJAX_KIND_F16 || a.kind > QJAX_KIND_F32) {
+      a.slots < 1 || a.kind < QJAX_KIND_F16 || a.kind > QJAX_KIND_INT8 ||
+      (a.kind == QJAX_KIND_INT8 && (a.k_scale == nullptr || a.v_scale == nullptr))) {
     return 1;
   }
   // About 64 rows of queries share the keys and values that are made ready for them.

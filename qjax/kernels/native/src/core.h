@@ -67,6 +67,25 @@ typedef struct {
   const uint8_t* zero;  // NULL if none
 } qjax_weight;
 
+enum qjax_rounding {
+  QJAX_FLOATS = 0,  // x is multiplied as it is
+  QJAX_GROUPS = 1,  // rounded to int8 from -127 to 127, a scale for each 32 columns of each row
+  QJAX_TOKENS = 2,  // rounded to int8 from -128 to 127, a scale for each row; integers are summed up to a weight's scale
+};
+
+// x, and what is done to it before it is multiplied: x[m, k] / input_scale[k], then columns in another order, rounding.
+typedef struct {
+  const float* x;            // [m, columns]
+  int64_t m;
+  const int32_t* columns;    // the column of x that column k of w is multiplied with; NULL for k. NaN for one not there
+  const float* input_scale;  // [columns]; NULL for ones
+  const float* x_scale;      // the scale of QJAX_TOKENS; NULL for a row's largest magnitude / 127.5
+  int32_t rounding;
+} qjax_input;
+
+// Columns that share a scale under QJAX_TOKENS, at most: their integer sums have 32 bits.
+#define QJAX_MOST_SUMMED 65536
+
 // Runs task(arg, i) for i = 0 ... count - 1, on any threads in any order, and returns when all are done.
 typedef void (*qjax_task)(void* arg, int64_t i);
 typedef void (*qjax_parallel)(void* context, int64_t count, qjax_task task, void* arg);
@@ -85,12 +104,12 @@ QJAX_API int qjax_has_isa(int isa);
 QJAX_API int qjax_best_isa(void);
 QJAX_API const char* qjax_isa_name(int isa);
 
-// y[i] = float32 [rows of x, w[i].rows] for each of `count` weights that share x = float32 [m, columns].
-//   int8: round x to int8 in groups of 32 columns. isa: one that qjax_has_isa.
-//   parallel: NULL runs everything on the caller. Results do not depend on it.
-// Returns 0, or 1 for a weight that qjax_check refuses, or 2 where there is no memory for the scratch space.
-QJAX_API int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8, int isa,
-                qjax_parallel parallel, void* context);
+// y[i] = float32 [rows of x, w[i].rows] for each of `count` weights that share x.
+//   isa: one that qjax_has_isa. parallel: NULL runs everything on the caller. Results do not depend on it.
+// Returns 0, or 1 for a weight that qjax_check refuses, or 2 where there is no memory for the scratch space. Of
+// QJAX_TOKENS: 1 for minimums, scales other than float16 and float32, and groups of 16 or of more than QJAX_MOST_SUMMED.
+QJAX_API int qjax_matmul(const qjax_weight* w, int64_t count, const qjax_input* input, float* const* y, int isa,
+                         qjax_parallel parallel, void* context);
 
 // Whether qjax_matmul reads each weight but once, from front to back, for so many rows of x.
 QJAX_API int qjax_reads_once(int isa, int64_t m);
@@ -105,10 +124,12 @@ QJAX_API int qjax_matmul_dense(const uint16_t* w, int64_t rows, int64_t columns,
 // p - window + 1 ... p (all up to p if window is 0), each slot holding the position of its number.
 //   q, out: float32 [batch, seq, heads, dim]; k, v: [batch, kv_heads, slots, dim], dim a multiple of 16;
 //   positions: int32 [batch, seq], below slots.
-enum qjax_float_kind { QJAX_KIND_F16 = 0, QJAX_KIND_BF16 = 1, QJAX_KIND_F32 = 2 };
+//   k_scale, v_scale: of int8 entries, float32 [batch, kv_heads, slots]: an entry stands for scale * its numbers.
+enum qjax_entry_kind { QJAX_KIND_F16 = 0, QJAX_KIND_BF16 = 1, QJAX_KIND_F32 = 2, QJAX_KIND_INT8 = 3 };
 typedef struct {
   const float* q;
   const void *k, *v;
+  const float *k_scale, *v_scale;  // NULL but for int8
   const int32_t* positions;
   float* out;
   int64_t batch, seq, heads, kv_heads, slots, dim, window;

@@ -1,5 +1,7 @@
 // The door from XLA to core.h: buffers and attributes in, the same products out, threads from XLA's own pool.
 
+#include <string.h>
+
 #include <memory>
 #include <string>
 #include <vector>
@@ -48,19 +50,44 @@ ffi::Error Finished(int code) {
   return ffi::Error::InvalidArgument("qjax: the kernel does not serve this weight on this CPU");
 }
 
+// Whether both change x in the same way.
+bool Alike(const qjax_input& a, const qjax_input& b, int64_t columns) {
+  const auto equal = [](const void* x, const void* y, int64_t n) {
+    return x == y || (x != nullptr && y != nullptr && memcmp(x, y, 4 * n) == 0);
+  };
+  return equal(a.columns, b.columns, columns) && equal(a.input_scale, b.input_scale, columns) &&
+         equal(a.x_scale, b.x_scale, 1);
+}
+
+int Multiply(ffi::ThreadPool& pool, const qjax_weight* w, int64_t count, const qjax_input& input, float* const* y,
+             int isa) {
+  const int64_t threads = Threads(pool);
+  Context context{pool, nullptr};
+  if (threads > 1 && qjax_reads_once(isa, input.m)) {
+    context.ahead = team().Next(w[0].plane[0], [&] {
+      Starts starts(threads);
+      for (int64_t t = 0; t < threads; ++t) starts[t].nbytes = qjax_start(w, count, t, threads, &starts[t].at);
+      return starts;
+    });
+  }
+  return qjax_matmul(w, count, &input, y, isa, Parallel, &context);
+}
+
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs leaves, ffi::RemainingRets results,
                   Numbers plane_count, Numbers width0, Numbers width1, Numbers offset, Numbers scale_kind,
                   Numbers group_size, Numbers rows, Numbers has_minimum, Numbers has_sub, Numbers has_zero,
-                  Numbers has_table, Numbers tables, bool int8, int64_t isa) {
+                  Numbers has_columns, Numbers has_input_scale, Numbers has_x_scale, Numbers has_table, Numbers tables,
+                  int64_t rounding, int64_t isa) {
   const size_t count = results.size();
   for (const Numbers& numbers : {plane_count, width0, width1, offset, scale_kind, group_size, rows, has_minimum, has_sub,
-                                 has_zero, has_table}) {
+                                 has_zero, has_columns, has_input_scale, has_x_scale, has_table}) {
     if (numbers.size() != count) return ffi::Error::InvalidArgument("qjax: expected a fact for each weight");
   }
   if (count == 0 || tables.size() != 16 * count || x.dimensions().size() != 2) {
     return ffi::Error::InvalidArgument("qjax: expected weights, their tables, and x of two axes");
   }
   std::vector<qjax_weight> weights(count);
+  std::vector<qjax_input> inputs(count);
   std::vector<float*> products(count);
   size_t next = 0;
   bool sound = true;
@@ -95,6 +122,11 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     if (w.sub != nullptr) w.sub = take(qjax_sub_bytes(&w));
     if (w.minimum != nullptr) w.minimum = take(qjax_scale_bytes(&w));
     if (w.zero != nullptr) w.zero = take(qjax_zero_bytes(&w));
+    const auto numbers = [&](bool has, int64_t n) { return has ? take(4 * n) : nullptr; };
+    inputs[i] = {x.typed_data(), x.dimensions()[0], nullptr, nullptr, nullptr, static_cast<int32_t>(rounding)};
+    inputs[i].columns = reinterpret_cast<const int32_t*>(numbers(has_columns[i], w.columns));
+    inputs[i].input_scale = reinterpret_cast<const float*>(numbers(has_input_scale[i], w.columns));
+    inputs[i].x_scale = reinterpret_cast<const float*>(numbers(has_x_scale[i], 1));
     auto product = results.get<ffi::Buffer<ffi::F32>>(i);
     sound = sound && product.has_value() &&
             static_cast<int64_t>((*product)->element_count()) == x.dimensions()[0] * w.rows;
@@ -102,19 +134,17 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     products[i] = (*product)->typed_data();
   }
   if (next != leaves.size()) return ffi::Error::InvalidArgument("qjax: more leaves than the weights have");
-  const int64_t m = x.dimensions()[0], threads = Threads(pool);
-  Context context{pool, nullptr};
-  if (threads > 1 && qjax_reads_once(static_cast<int>(isa), m)) {
-    context.ahead = team().Next(weights[0].plane[0], [&] {
-      Starts starts(threads);
-      for (int64_t t = 0; t < threads; ++t) {
-        starts[t].nbytes = qjax_start(weights.data(), static_cast<int64_t>(count), t, threads, &starts[t].at);
-      }
-      return starts;
-    });
+  // Weights that change x in the same way go together: x is made ready once for them.
+  for (size_t i = 0; i < count;) {
+    const auto same = [&](const qjax_input& other) { return Alike(inputs[i], other, x.dimensions()[1]); };
+    size_t end = i + 1;
+    while (end < count && same(inputs[end])) ++end;
+    const auto some = static_cast<int64_t>(end - i);
+    const int code = Multiply(pool, &weights[i], some, inputs[i], &products[i], static_cast<int>(isa));
+    if (code != 0) return Finished(code);
+    i = end;
   }
-  return Finished(qjax_matmul(weights.data(), static_cast<int64_t>(count), x.typed_data(), m, products.data(), int8,
-                              static_cast<int>(isa), Parallel, &context));
+  return Finished(0);
 }
 
 ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y,
@@ -130,20 +160,37 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w
                                     static_cast<int>(isa), Parallel, &context));
 }
 
-ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out, int64_t window, int64_t isa) {
-  const auto qs = q.dimensions(), ks = k.dimensions();
-  const auto type = k.element_type();
-  const int kind = type == ffi::F16 ? QJAX_KIND_F16 : type == ffi::BF16 ? QJAX_KIND_BF16 : QJAX_KIND_F32;
-  if (qs.size() != 4 || ks.size() != 4 || v.element_type() != type || v.size_bytes() != k.size_bytes() ||
-      (kind == QJAX_KIND_F32 && type != ffi::F32) || ks[0] != qs[0] || ks[3] != qs[3] ||
-      static_cast<int64_t>(positions.element_count()) != qs[0] * qs[1] || out->element_count() != q.element_count()) {
+// entries: k, v, positions; or int8 k and its scales, int8 v and its scales, positions.
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::RemainingArgs entries,
+                     ffi::ResultBuffer<ffi::F32> out, int64_t window, int64_t isa) {
+  const bool int8 = entries.size() == 5;
+  const auto k = entries.get<ffi::AnyBuffer>(0), v = entries.get<ffi::AnyBuffer>(int8 ? 2 : 1);
+  const auto positions = entries.get<ffi::Buffer<ffi::S32>>(int8 ? 4 : 2);
+  const auto wrong = [] {
     return ffi::Error::InvalidArgument("qjax: expected q [batch, seq, heads, dim], k and v [batch, kv_heads, slots, dim]");
+  };
+  if ((entries.size() != 3 && !int8) || !k.has_value() || !v.has_value() || !positions.has_value()) return wrong();
+  const auto qs = q.dimensions(), ks = k->dimensions();
+  const auto type = k->element_type();
+  const int kind = type == ffi::F16    ? QJAX_KIND_F16
+                   : type == ffi::BF16 ? QJAX_KIND_BF16
+                   : type == ffi::S8   ? QJAX_KIND_INT8
+                                       : QJAX_KIND_F32;
+  if (qs.size() != 4 || ks.size() != 4 || v->element_type() != type || v->size_bytes() != k->size_bytes() ||
+      (kind == QJAX_KIND_F32 && type != ffi::F32) || int8 != (kind == QJAX_KIND_INT8) || ks[0] != qs[0] ||
+      ks[3] != qs[3] || static_cast<int64_t>(positions->element_count()) != qs[0] * qs[1] ||
+      out->element_count() != q.element_count()) {
+    return wrong();
   }
-  const qjax_attention_args args{q.typed_data(),     k.untyped_data(), v.untyped_data(), positions.typed_data(),
-                                 out->typed_data(),  qs[0],            qs[1],            qs[2],
-                                 ks[1],              ks[2],            qs[3],            window,
-                                 kind};
+  const float* scales[2] = {nullptr, nullptr};
+  for (int i = 0; int8 && i < 2; ++i) {
+    const auto scale = entries.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+    if (!scale.has_value() || static_cast<int64_t>(scale->element_count()) != ks[0] * ks[1] * ks[2]) return wrong();
+    scales[i] = scale->typed_data();
+  }
+  const qjax_attention_args args{q.typed_data(),          k->untyped_data(),  v->untyped_data(), scales[0], scales[1],
+                                 positions->typed_data(), out->typed_data(),  qs[0],             qs[1],     qs[2],
+                                 ks[1],                   ks[2],              qs[3],             window,    kind};
   Context context{pool, nullptr};
   return Finished(qjax_attention(&args, static_cast<int>(isa), Parallel, &context));
 }
@@ -200,9 +247,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention_ffi, Attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("isa"));
@@ -223,9 +268,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_ffi, Matmul,
                                   .Attr<Numbers>("has_minimum")
                                   .Attr<Numbers>("has_sub")
                                   .Attr<Numbers>("has_zero")
+                                  .Attr<Numbers>("has_columns")
+                                  .Attr<Numbers>("has_input_scale")
+                                  .Attr<Numbers>("has_x_scale")
                                   .Attr<Numbers>("has_table")
                                   .Attr<Numbers>("tables")
-                                  .Attr<bool>("int8")
+                                  .Attr<int64_t>("rounding")
                                   .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_dense_ffi, Dense,

@@ -53,6 +53,8 @@ struct ScalesAt {
 using ProductFn = void (*)(const Codes&, int64_t steps, const Rows&, const ScalesAt& scales, int bias, float* sums);
 using MinimumFn = void (*)(int64_t count, const Rows&, const float* minimum, float* sums);
 using SubMinimumFn = void (*)(int64_t blocks, int parts, const Rows&, const uint16_t* raw, const uint8_t* sub, float* sums);
+// dots [rows, 16] += sums of x.q times the unsigned codes.
+using DotsFn = void (*)(const Codes&, int64_t steps, const Rows&, int32_t* dots);
 using UnpackFn = void (*)(const Codes&, int64_t steps, uint8_t* codes);
 
 // Floats of scratch that `attention` needs for so many queries, each of `group` heads.
@@ -68,6 +70,10 @@ struct KernelTable {
   // Integer and float products that unpack on their way, by rows - 1; integer ones alone read raw scales.
   ProductFn int8_product[kForms][kScaleForms][kMostRows];
   ProductFn float_product[kForms][kRaw][kMostRows];
+  // Of rows of x that have one scale each: integers alone, then sums += scale * (dots - (taken + zero) * sums of x.q),
+  // for one group of columns; the dots become 0.
+  DotsFn dots[kForms][kMostRows];
+  void (*scale_dots)(int64_t rows, const ScalesAt& scale, int taken, const int32_t* q_sums, int32_t* dots, float* sums);
   // sums += minimum * sums of x. Of two levels: minus float16 [blocks, 16] times uint8 [blocks, parts, 16].
   MinimumFn minimum[kMostRows];
   SubMinimumFn sub_minimum[kMostRows];
@@ -78,6 +84,8 @@ struct KernelTable {
   void (*panel_product[kMostRows])(const float* panel, int64_t columns, const Rows&, float* sums);
   // One step of one row: 32 floats (fewer at the end of a row) to int8, their scale, and the sums of both halves.
   void (*quantize)(const float* x, int8_t* q, float* scale, int32_t* sums);
+  // A row of whole steps to int8, its scale (`fixed` if there is one), and the sums of each step.
+  void (*quantize_row)(const float* x, int64_t steps, const float* fixed, int8_t* q, float* scale, int32_t* sums);
   // The integers of two levels alone, of whole super-blocks: int8 and (if the kind has them) uint8 [count, 16].
   void (*sub_scales)(const qjax_weight& w, int64_t groups, int64_t tile, int64_t first, int64_t count, uint8_t* scale,
                      uint8_t* minimum);

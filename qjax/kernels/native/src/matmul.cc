@@ -100,21 +100,45 @@ class Block {
 // x for all weights of a call: chunks of rows that the kernels take at once, row numbers innermost.
 struct Inputs {
   const KernelTable* table;
-  const float* x;
+  const qjax_input& from;
   int64_t m, columns, steps, chunks;
-  bool int8, fused;
+  bool int8, tokens, fused;
   int8_t* q = nullptr;           // [chunk][steps, 8, rows, 4]
   float* packed = nullptr;       // [chunk][steps, 32, rows]
-  float* scale = nullptr;        // [chunk][steps, rows]
-  int32_t* whole = nullptr;      // [chunk][2 steps, rows]: sums of q
+  float* scale = nullptr;        // [chunk][steps, rows]; for tokens [m]
+  int32_t* whole = nullptr;      // [chunk][2 steps, rows]: sums of q; for tokens [chunk][steps, rows]
   float* half_sums = nullptr;    // [chunk][2 steps, rows]: sums of x as it is multiplied
 
   int64_t First(int64_t chunk) const { return m * chunk / chunks; }
 
-  void Prepare(int64_t chunk) const {
-    const int64_t first = First(chunk), rows = First(chunk + 1) - first;
+  // Row r of x, changed as is asked for, in `to` (whole steps) where that is needed.
+  const float* Row(int64_t r, float* to) const {
+    const float* row = from.x + r * columns;
+    if (from.columns == nullptr && from.input_scale == nullptr && (!tokens || columns % kStep == 0)) return row;
+    memset(to + columns, 0, (steps * kStep - columns) * sizeof(float));
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t at = from.columns == nullptr ? k : from.columns[k];
+      to[k] = at < 0 || at >= columns ? __builtin_nanf("") : row[at];
+      if (from.input_scale != nullptr && to[k] == to[k]) to[k] /= from.input_scale[at];
+    }
+    return to;
+  }
+
+  bool Prepare(int64_t chunk) const {
+    const int64_t first = First(chunk), rows = First(chunk + 1) - first, filled = steps * kStep;
+    float* memory = scratch.Floats(filled + filled / 4 + steps);
+    if (memory == nullptr) return false;
+    auto* round_row = reinterpret_cast<int8_t*>(memory + filled);
+    auto* sums_row = reinterpret_cast<int32_t*>(memory + filled + filled / 4);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* row = x + (first + r) * columns;
+      const float* row = Row(first + r, memory);
+      if (tokens) {
+        table->quantize_row(row, steps, from.x_scale, round_row, scale + first + r, sums_row);
+        int8_t* out = q + first * filled + 4 * r;
+        for (int64_t j = 0; j < filled / 4; ++j) memcpy(out + 4 * rows * j, round_row + 4 * j, 4);
+        for (int64_t s = 0; s < steps; ++s) whole[first * steps + s * rows + r] = sums_row[s];
+        continue;
+      }
       for (int64_t s = 0; s < steps; ++s) {
         float padded[kStep];
         const float* at = row + s * kStep;
@@ -147,6 +171,7 @@ struct Inputs {
         }
       }
     }
+    return true;
   }
 };
 
@@ -158,18 +183,35 @@ struct Job {
   bool halves, minimum;
   bool raw;  // where nothing else hangs on the scales, the product reads them as they are
   int64_t steps, tiles, tiles_a_task, first_task;
-  int32_t* start = nullptr;
+  int32_t* start = nullptr;  // for tokens, sums of q over the columns of each scale
   float* sums = nullptr;
   uint8_t table[16];
 
   // Scales of a step.
   int64_t Each() const { return halves ? 2 : 1; }
 
+  // What the dots of codes in this form are above the numbers they stand for.
+  int32_t Taken(const Inputs& in, CodeForm as) const { return Offset(*w) - (Wide(as) ? in.table->wide_bias : 0); }
+
+  // Steps that share a scale, of whole steps.
+  int64_t Shared() const { return Ceil(w->group_size, kStep); }
+
   void Fit(const Inputs& in) {
     const int64_t each = Each();
+    if (in.tokens) {
+      const int64_t groups = Groups(*w), shared = Shared();
+      memset(start, 0, groups * in.m * sizeof(int32_t));
+      for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
+        const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first;
+        for (int64_t i = 0; i < steps * rows; ++i) {
+          start[first * groups + i / rows / shared * rows + i % rows] += in.whole[first * steps + i];
+        }
+      }
+      return;
+    }
     if (raw && minimum) SumGroups(in);
     // A panel holds bytes, whatever the codes were.
-    const int32_t by = (Wide(form) || !in.fused ? in.table->wide_bias : 0) - Offset(*w);
+    const int32_t by = -Taken(in, in.fused ? form : kForm8);
     for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
       const int64_t first = in.First(chunk), rows = in.First(chunk + 1) - first;
       const int32_t* whole = in.whole + first * 2 * steps;
@@ -236,9 +278,35 @@ struct Job {
     for (int64_t i = 0; extra != 0 && i < n * each * kLanes; ++i) low[i] += scale[i] * static_cast<float>(extra);
   }
 
-  void Write(int64_t tile, int64_t rows, const float* sums) const {
+  void Write(const Inputs& in, int64_t tile, const float* sums) const {
     const int64_t lanes = std::min<int64_t>(kLanes, w->rows - tile * kLanes);
-    for (int64_t r = 0; r < rows; ++r) memcpy(y + r * w->rows + tile * kLanes, sums + r * kLanes, lanes * sizeof(float));
+    for (int64_t r = 0; r < in.m; ++r) {
+      float* to = y + r * w->rows + tile * kLanes;
+      if (!in.tokens) memcpy(to, sums + r * kLanes, lanes * sizeof(float));
+      for (int64_t i = 0; in.tokens && i < lanes; ++i) to[i] = sums[r * kLanes + i] * in.scale[r];
+    }
+  }
+
+  // Integer sums of `n` steps of a tile, whose codes in the form `as` begin at `codes`; scaled where a scale's columns end.
+  void Sum(const Inputs& in, CodeForm as, Codes codes, int64_t tile, int64_t step, int64_t n, int64_t chunk,
+           int32_t* dots, float* sums) const {
+    const int64_t shared = Shared(), groups = Groups(*w), first = in.First(chunk), rows = in.First(chunk + 1) - first;
+    for (int64_t s = step, end; s < step + n; s = end) {
+      const int64_t group = s / shared, last = std::min(steps, (group + 1) * shared);
+      end = std::min(step + n, last);
+      Rows x{static_cast<int>(rows), in.q + (first * steps + s * rows) * kStep, nullptr, nullptr, nullptr, nullptr};
+      in.table->dots[as][rows - 1](codes, end - s, x, dots);
+      for (int p = 0; p < (as == form ? w->plane_count : 1); ++p) {
+        codes.plane[p] += 64 * (end - s) * (as == form ? w->width[p] : 8);
+      }
+      if (end < last) continue;
+      const int64_t at = (tile * groups + group) * kLanes;
+      const bool half = w->scale_kind == QJAX_F16;
+      const ScalesAt scale{half ? nullptr : static_cast<const float*>(w->scale) + at,
+                           half ? static_cast<const uint16_t*>(w->scale) + at : nullptr, nullptr,
+                           w->zero == nullptr ? nullptr : w->zero + at, 0};
+      in.table->scale_dots(rows, scale, Taken(in, as), start + first * groups + group * rows, dots, sums);
+    }
   }
 
   // Scales of a stretch of a tile, in one of the ways that products read them.
@@ -286,6 +354,12 @@ struct Job {
     const int64_t groups = Groups(*w);
     for (int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float sums[kMostRows * kLanes] = {};
+      if (in.tokens) {
+        alignas(64) int32_t dots[kMostRows * kLanes] = {};
+        Sum(in, form, CodesAt(tile, 0), tile, 0, steps, 0, dots, sums);
+        Write(in, tile, sums);
+        continue;
+      }
       if (raw) {
         const int64_t at = tile * groups * kLanes;
         const ScalesAt scales{nullptr, static_cast<const uint16_t*>(w->scale) + at, nullptr,
@@ -298,7 +372,7 @@ struct Job {
         Read(in, tile, step, n, &read);
         Multiply(in, form, CodesAt(tile, step), n, ChunkAt(in, 0, step), read, sums);
       }
-      Write(tile, in.m, sums);
+      Write(in, tile, sums);
     }
   }
 
@@ -307,19 +381,20 @@ struct Job {
     const int64_t stretch = in.int8 ? kPanelSteps : kFloatSteps;
     const int64_t panel_floats = stretch * kStep * kLanes / (in.int8 ? 4 : 1);
     const int64_t code_floats = in.int8 ? 0 : stretch * kStep * kLanes / 4;
-    const int64_t tile_floats = panel_floats + in.m * kLanes;
+    const int64_t tile_floats = panel_floats + (in.tokens ? 2 : 1) * in.m * kLanes;
     float* memory = scratch.Floats(count * tile_floats + code_floats);
     if (memory == nullptr) return false;
     Stretch read[kTilesTogether];
     const auto panel_of = [&](int64_t i) { return memory + i * tile_floats; };
     const auto sums_of = [&](int64_t i) { return memory + i * tile_floats + panel_floats; };
+    const auto dots_of = [&](int64_t i) { return reinterpret_cast<int32_t*>(sums_of(i) + in.m * kLanes); };
     auto* codes = reinterpret_cast<uint8_t*>(memory + count * tile_floats);
-    for (int64_t i = 0; i < count; ++i) memset(sums_of(i), 0, in.m * kLanes * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) memset(sums_of(i), 0, (tile_floats - panel_floats) * sizeof(float));
     for (int64_t step = 0; step < steps; step += stretch) {
       const int64_t n = std::min(stretch, steps - step);
       Codes packed[kTilesTogether];
       for (int64_t i = 0; i < count; ++i) {
-        Read(in, begin + i, step, n, &read[i]);
+        if (!in.tokens) Read(in, begin + i, step, n, &read[i]);
         packed[i] = CodesAt(begin + i, step);
         auto* bytes = in.int8 ? reinterpret_cast<uint8_t*>(panel_of(i)) : codes;
         if (form != kForm8) {
@@ -334,8 +409,11 @@ struct Job {
       for (int64_t chunk = 0; chunk < in.chunks; ++chunk) {
         const Rows rows = ChunkAt(in, chunk, step);
         for (int64_t i = 0; i < count; ++i) {
-          float* sums = sums_of(i) + in.First(chunk) * kLanes;
-          if (in.int8) {
+          const int64_t first = in.First(chunk) * kLanes;
+          float* sums = sums_of(i) + first;
+          if (in.tokens) {
+            Sum(in, kForm8, packed[i], begin + i, step, n, chunk, dots_of(i) + first, sums);
+          } else if (in.int8) {
             Multiply(in, kForm8, packed[i], n, rows, read[i], sums);
           } else {
             in.table->panel_product[rows.rows - 1](panel_of(i), n * kStep, rows, sums);
@@ -343,12 +421,17 @@ struct Job {
         }
       }
     }
-    for (int64_t i = 0; i < count; ++i) Write(begin + i, in.m, sums_of(i));
+    for (int64_t i = 0; i < count; ++i) Write(in, begin + i, sums_of(i));
     return true;
   }
 };
 
 constexpr int64_t kMostWeights = 8;
+
+// Whether QJAX_TOKENS serves the weight.
+bool SumsWhole(const qjax_weight& w) {
+  return w.scale_kind <= QJAX_F32 && w.minimum == nullptr && !Halves(w) && w.group_size <= QJAX_MOST_SUMMED;
+}
 
 // Tiles of a task of few rows of x.
 int64_t TilesTogether(const qjax_weight& w) {
@@ -400,16 +483,19 @@ extern "C" const char* qjax_check(const qjax_weight* w) {
   return nullptr;
 }
 
-extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, int64_t m, float* const* y, int int8,
-                           int isa, qjax_parallel parallel, void* context) {
+extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const qjax_input* input, float* const* y, int isa,
+                           qjax_parallel parallel, void* context) {
   const KernelTable* table = TableOf(isa);
+  const int64_t m = input->m;
   if (table == nullptr || count < 1 || count > kMostWeights || m < 0) return 1;
+  if (input->rounding < QJAX_FLOATS || input->rounding > QJAX_TOKENS) return 1;
+  const bool tokens = input->rounding == QJAX_TOKENS;
   for (int64_t i = 0; i < count; ++i) {
-    if (qjax_check(&w[i]) != nullptr || w[i].columns != w[0].columns) return 1;
+    if (qjax_check(&w[i]) != nullptr || w[i].columns != w[0].columns || (tokens && !SumsWhole(w[i]))) return 1;
   }
   if (m == 0) return 0;
 
-  Inputs in{table, x, m, w[0].columns, Steps(w[0]), 0, int8 != 0, m <= table->fused_rows};
+  Inputs in{table, *input, m, w[0].columns, Steps(w[0]), 0, input->rounding != QJAX_FLOATS, tokens, m <= table->fused_rows};
   bool any_halves = false;
   for (int64_t i = 0; i < count; ++i) any_halves = any_halves || Halves(w[i]);
   in.chunks = Ceil(m, in.fused ? table->fused_rows : any_halves ? table->half_step_rows : table->rows);
@@ -421,10 +507,14 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
   } else {
     block.Reserve(&in.packed, m * in.steps * kStep);
   }
-  block.Reserve(&in.half_sums, m * 2 * in.steps);
+  if (!in.tokens) block.Reserve(&in.half_sums, m * 2 * in.steps);
   if (!block.Allocate()) return 2;
-  const auto prepare = [&](int64_t chunk) { in.Prepare(chunk); };
+  std::atomic<bool> failed{false};
+  const auto prepare = [&](int64_t chunk) {
+    if (!in.Prepare(chunk)) failed = true;
+  };
   Run(in.chunks > 1 ? parallel : nullptr, context, in.chunks, prepare);
+  if (failed) return 2;
 
   Job jobs[kMostWeights];
   Block starts[kMostWeights];
@@ -435,7 +525,7 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
     job.y = y[i];
     job.form = FormOf(w[i]);
     job.halves = Halves(w[i]);
-    job.minimum = HasMinimum(w[i], in.int8);
+    job.minimum = !in.tokens && HasMinimum(w[i], in.int8);
     job.raw = in.fused && in.int8 && w[i].minimum == nullptr && w[i].scale_kind == QJAX_F16 && w[i].group_size % kStep == 0;
     job.steps = in.steps;
     job.tiles = Tiles(w[i]);
@@ -449,7 +539,6 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const float* x, 
     if (!starts[i].Allocate()) return 2;
     job.Fit(in);
   }
-  std::atomic<bool> failed{false};
   const auto work = [&](int64_t task) {
     int64_t i = count - 1;
     while (jobs[i].first_task > task) --i;

@@ -65,13 +65,20 @@ inline U8 Look(U8 table, U8 index) {
   return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
 }
 
-template <bool kWide>
+template <bool kWide, bool kFull>
 inline __m256i Dot8(__m256i sum, __m256i codes, __m256i x) {
 #ifdef QJAX_VNNI256
   return _mm256_dpbusd_avx_epi32(sum, codes, x);
 #else
   __m256i pairs;
-  if constexpr (kWide) {
+  if constexpr (kWide && kFull) {
+    // -(-128) is no signed byte: the even and the odd columns, in 16 bits.
+    const __m256i code = _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(128)));
+    const auto even = [](__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); };
+    const auto odd = [](__m256i v) { return _mm256_srai_epi16(v, 8); };
+    return _mm256_add_epi32(_mm256_add_epi32(sum, _mm256_madd_epi16(even(code), even(x))),
+                            _mm256_madd_epi16(odd(code), odd(x)));
+  } else if constexpr (kWide) {
     // Two products of 8 bits by 8 would not fit into 16 bits: of signed codes, their sign moved to x, they do.
     const __m256i code = _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(128)));
     pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
@@ -82,12 +89,12 @@ inline __m256i Dot8(__m256i sum, __m256i codes, __m256i x) {
 #endif
 }
 
-template <bool kWide>
+template <bool kWide, bool kFull>
 inline I Dot(I sum, U8 codes, const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
   const __m256i all = _mm256_set1_epi32(four);
-  return {Dot8<kWide>(sum.a, codes.a, all), Dot8<kWide>(sum.b, codes.b, all)};
+  return {Dot8<kWide, kFull>(sum.a, codes.a, all), Dot8<kWide, kFull>(sum.b, codes.b, all)};
 }
 
 template <int c>

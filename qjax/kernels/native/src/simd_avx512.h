@@ -38,7 +38,7 @@ inline U8 LoadTable(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_
 inline U8 Look(U8 table, U8 index) { return _mm512_shuffle_epi8(table, index); }
 
 // sum + dot of each lane's four codes with x[0..3]
-template <bool kWide>
+template <bool kWide, bool kFull>
 inline I Dot(I sum, U8 codes, const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);

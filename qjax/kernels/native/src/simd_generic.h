@@ -55,7 +55,7 @@ inline U8 Look(U8 table, U8 index) {
   return v;
 }
 
-template <bool kWide>
+template <bool kWide, bool kFull>
 inline I Dot(I sum, U8 codes, const int8_t* x) {
   const I words = reinterpret_cast<I>(codes);
   return sum + (words & 255) * x[0] + ((words >> 8) & 255) * x[1] + ((words >> 16) & 255) * x[2] +

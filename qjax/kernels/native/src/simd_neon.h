@@ -61,7 +61,7 @@ inline U8 Shift(U8 x) {
 inline U8 LoadTable(const uint8_t* p) { return Each<U8>([&](int) { return vld1q_u8(p); }); }
 inline U8 Look(U8 table, U8 index) { return Each<U8>([&](int i) { return vqtbl1q_u8(table.v[i], index.v[i]); }); }
 
-template <bool kWide>
+template <bool kWide, bool kFull>
 inline I Dot(I sum, U8 codes, const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
