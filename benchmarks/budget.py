@@ -20,7 +20,7 @@ from qjax.evaluate.compare import Candidate, Pair, Row, compare
 from qjax.formats.gguf.plan import Wish
 from qjax.runs.budget import Budget, quantize_within
 from qjax.runs.quantize import quantize_file
-from qjax.runs.texts import read_text
+from qjax.text.files import read_text
 
 MIXES = ("q2_k", "q3_k_m", "q4_k_m")
 HEAD = ["mix", "text", "bytes", "budget's", "KLD", "budget's", "ratio", "difference (95 %)", "expected", "measured"]

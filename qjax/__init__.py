@@ -16,6 +16,13 @@ _PUBLIC = {
     "load": "qjax.api",
     "save": "qjax.api",
     "quantizer": "qjax.api",
+    "RTN": "qjax.calibrate.recipes",
+    "INT8": "qjax.calibrate.recipes",
+    "GPTQ": "qjax.calibrate.recipes",
+    "AWQ": "qjax.calibrate.recipes",
+    "Learned": "qjax.calibrate.recipes",
+    "SmoothQuant": "qjax.calibrate.recipes",
+    "Calibration": "qjax.calibrate.data",
     "forward": "qjax.models",
     "init_cache": "qjax.models",
     "qmatmul": "qjax.kernels",
@@ -35,6 +42,13 @@ if TYPE_CHECKING:
     from qjax.api import save as save
     from qjax.arrays.memory import memory as memory
     from qjax.arrays.partition import partition as partition
+    from qjax.calibrate.data import Calibration as Calibration
+    from qjax.calibrate.recipes import AWQ as AWQ
+    from qjax.calibrate.recipes import GPTQ as GPTQ
+    from qjax.calibrate.recipes import INT8 as INT8
+    from qjax.calibrate.recipes import RTN as RTN
+    from qjax.calibrate.recipes import Learned as Learned
+    from qjax.calibrate.recipes import SmoothQuant as SmoothQuant
     from qjax.evaluate.perplexity import perplexity as perplexity
     from qjax.kernels import explain as explain
     from qjax.kernels import qmatmul as qmatmul

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.arrays import Memory, QuantizedArray, memory
+from qjax.calibrate import recipes
+from qjax.calibrate.data import Calibration, calibration_tokens
+from qjax.calibrate.driver import model_in, quantize_blocks
 from qjax.errors import QjaxError, UnsupportedError
 from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES
@@ -175,12 +178,29 @@ def _by_mix(file: Source, mix: str, imatrix: str | Path | None, effort: Effort) 
     return make
 
 
+def _by_recipe(
+    file: Source, recipe: recipes.Recipe, calibration: Calibration, **options: Any
+) -> tuple[dict[str, Any], ModelConfig]:
+    """Params quantized block by block, and the config."""
+    rewrite.check_quantizable(file)
+    schemes, model = recipe.schemes(file), model_in(file)
+    tokens = None
+    if recipe.method.needs_inputs:
+        if calibration.data is None:
+            name = type(recipe.method).__name__
+            raise QjaxError(f"{name} looks at what goes into each matrix: give calibration=, a text or 'wikitext-2'")
+        tokens = calibration_tokens(calibration, lambda: read_tokenizer(file.metadata, file.path), model.config)
+    made = quantize_blocks(model, recipe.method, schemes, tokens, **options)
+    return made.params, model.config
+
+
 def load(
     model: str | Path,
     *,
-    quantize: str | Make | None = None,
+    quantize: str | Make | recipes.Recipe | None = None,
     imatrix: str | Path | None = None,
     effort: Effort = "normal",
+    calibration: str | Path | np.ndarray | Calibration | None = None,
     place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:
@@ -189,12 +209,14 @@ def load(
     Args:
       model: a GGUF file (any shard of a split one), a folder with one or with a Hugging Face model, "embedded" for the
         small model that comes with qjax, or a Hub id "owner/name[@revision][:file]".
-      quantize: a plain type ("q4_0") for every float matrix, one of llama.cpp's mixes ("q4_k_m"), or a function
-        `make(name, float32 [out, in])`; applied while loading: the whole float model is never in memory.
+      quantize: a plain type ("q4_0") for every float matrix, one of llama.cpp's mixes ("q4_k_m"), a recipe such as
+        `qjax.GPTQ(bits=4, group_size=128)`, or a function `make(name, float32 [out, in])`; applied while loading: the
+        whole float model is never in memory.
       imatrix: an importance matrix of llama-imatrix or `qjax calibrate`, for a mix.
       effort: of the encoders, for a mix: "high" makes better blocks of the same bytes, in several times the time.
+      calibration: what a recipe looks at: a text file, "wikitext-2", token ids, or a `Calibration` with how much of it.
       place: `place(name, array) -> array` puts each array where it shall live.
-      progress: told each tensor's name once it is loaded.
+      progress: told each tensor's name, or of a recipe each block's number, once it is loaded.
 
     Raises:
       QjaxError: the file cannot be found, read or understood; the message says what to do.
@@ -206,8 +228,15 @@ def load(
         raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
     if effort != "normal" and mix is None:
         raise QjaxError("effort is for a mix such as quantize='q4_k_m'")
+    if calibration is not None and not isinstance(make, recipes.Recipe):
+        raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
     path = locate(model)
     file = open_source(path)
+    if isinstance(make, recipes.Recipe):
+        given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+        step = lambda done, total, note: progress(f"block {done} of {total}")
+        params, config = _by_recipe(file, make, given, lay_out=lay_out, place=place, progress=step)
+        return Model(params, config, file.metadata, file.metadata_types, path)
     if mix is not None:
         make = _by_mix(file, mix, imatrix, effort)
     if make is not None:

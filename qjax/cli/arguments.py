@@ -1,7 +1,8 @@
 """What the commands' arguments have in common."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from qjax.errors import QjaxError
@@ -98,3 +99,20 @@ def add_compute(sub: argparse.ArgumentParser, activations: str = FASTEST) -> Non
     """How a model is run."""
     sub.add_argument("--activations", choices=("float", "int8"), help=activations)
     sub.add_argument("--quantize", metavar="TYPE", help="quantize float matrices while loading, e.g. q8_0")
+
+
+def add_output(sub: argparse.ArgumentParser) -> None:
+    """How the file is written."""
+    sub.add_argument(
+        "--split-max-size",
+        type=byte_count,
+        metavar="SIZE",
+        help="write shards NAME-00001-of-0000N.gguf with up to this size of tensors each, such as 2GiB or 500M",
+    )
+    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
+
+
+def named(files: Sequence[str | Path]) -> str:
+    """Files that were written, in a few words."""
+    more = len(files) - 1
+    return f"{files[0]} and {more} more" if more else str(files[0])

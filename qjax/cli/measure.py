@@ -90,8 +90,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _perplexity(args: argparse.Namespace) -> None:
     from qjax.runs import texts
     from qjax.runs.console import emit, emit_json
+    from qjax.text.files import read_text
 
-    text = texts.read_text(args.data)
+    text = read_text(args.data)
     model = texts.open_model(args.model, quantize=args.quantize)
     activations = args.activations or "float"
     if args.save_kl_base and args.kl_base is None:
@@ -122,7 +123,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from qjax.runs.compare import compare_files, show
     from qjax.runs.console import emit_json
-    from qjax.runs.texts import read_text
+    from qjax.text.files import read_text
 
     result = compare_files(
         args.models,

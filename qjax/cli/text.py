@@ -48,7 +48,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    from qjax.runs.texts import read_text
+    from qjax.text.files import read_text
 
     if (args.prompt is None) == (args.file is None):
         raise QjaxError("give the text by -p TEXT or by --file FILE, one of them")

@@ -57,6 +57,49 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
+# One hue for attention, one for the feed-forward network; in the order of the computation.
+_OF_MATRIX = {
+    "attn_q": ("#9ecae1", "o"),
+    "attn_k": ("#6baed6", "s"),
+    "attn_v": ("#2171b5", "^"),
+    "attn_output": ("#08306b", "D"),
+    "ffn_gate": ("#fdae6b", "o"),
+    "ffn_up": ("#e6550d", "s"),
+    "ffn_down": ("#7f2704", "D"),
+}
+
+
+def plot_errors(rows: list[dict[str, Any]], path: Path, *, title: str = "") -> Path:
+    """What quantizing lost of each matrix, over the blocks, as a PNG; makes the folder if need be.
+
+    Args:
+      rows: dicts with block, name ("blk.0.attn_q.weight"), weight_error and output_error (None where none is known);
+        those outside of the blocks (block -1) are not drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [("weight_error", "Weights")]
+    if any(row["output_error"] is not None for row in rows):
+        panels.insert(0, ("output_error", "Outputs, on the calibration data"))
+    figure = Figure(figsize=(1.5 + 5.2 * len(panels), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    for axes, (key, name) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for matrix, (color, marker) in _OF_MATRIX.items():
+            of = [
+                (row["block"], row[key]) for row in rows if row["name"].split(".")[-2] == matrix and row["block"] >= 0
+            ]
+            at = np.array([(block, error) for block, error in of if error], np.float64).reshape(-1, 2)
+            if at.size:
+                axes.plot(*at.T, marker=marker, color=color, markersize=4.5, linewidth=1, label=matrix)
+        axes.set(yscale="log", title=name, xlabel="block", ylabel="mean square error / mean square (log scale)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25, linewidth=0.6, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    return _saved(figure, path)
+
+
 # A divergence below this is the rounding of the base's stored predictions.
 _LEAST_KLD = 1e-6
 _FRONT, _OTHER, _BASE = "#1f5fa8", "#8c8c8c", "#444444"

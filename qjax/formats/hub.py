@@ -182,6 +182,27 @@ def fetch(wish: HubId) -> Path:
         raise QjaxError(f"{here} it cannot be fetched from the Hub: {reason}{more}") from error
 
 
+def fetch_file(repo: str, name: str) -> Path:
+    """A file of a data set's repository, in the Hub's own cache; what is there already is not asked for again.
+
+    Raises:
+      QjaxError: the Hub cannot be reached, or refuses, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options: dict[str, Any] = {"repo_id": repo, "filename": name, "repo_type": "dataset"}
+    try:
+        return Path(hf_hub_download(**options, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(hf_hub_download(**options, etag_timeout=REACH_SECONDS, tqdm_class=_terminal_bars()))
+    except Exception as error:  # its errors come from several HTTP libraries, by version
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QjaxError(f"data set {repo}: {name} cannot be fetched from the Hub: {reason}") from error
+
+
 def _terminal_bars() -> type:
     """The Hub's progress bars, which are drawn on a terminal only."""
     from huggingface_hub.utils import tqdm

@@ -12,7 +12,7 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from qjax.errors import QjaxError
 from qjax.formats.atomic import checked_target, install, refusals, sync_folder, temporary_stem
@@ -118,14 +118,15 @@ def _held(record: Path, path: str | Path) -> Iterator[BinaryIO]:
         except FileNotFoundError:  # the process that had the folder has just removed it
             continue
         with file:
-            if not _lock(file):
+            if not lock(file):
                 raise QjaxError(f"{path}: another process is writing this file: wait for it, or name another file")
             if record.exists() and os.path.samestat(record.stat(), os.fstat(file.fileno())):
                 yield file
                 return
 
 
-def _lock(file: BinaryIO) -> bool:
+def lock(file: IO[Any]) -> bool:
+    """Whether this process has the file for itself now, until it is closed; where the system knows no locks, it has."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,7 @@ Chunks do not overlap, and the first token of each is replaced by BOS where the 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from qjax.errors import QjaxError
 from qjax.models.config import ModelConfig
@@ -29,15 +29,7 @@ def chunks_of(
     if n_ctx < 8 or n_ctx % 2 or n_ctx > config.context:
         raise QjaxError(f"expected an even context from 8 to the model's {config.context}, got {n_ctx}")
     wide = np.asarray(ids, np.int64)
-    used = wide if bos_id is None else np.append(wide, bos_id)
-    # A gather would give NaN for these.
-    unknown = used[(used < 0) | (used >= config.vocab)]
-    if unknown.size:
-        raise QjaxError(
-            f"token id {unknown[0]} is not in the model's vocabulary of {config.vocab}: "
-            "the tokenizer is not this model's"
-        )
-    tokens = wide.astype(np.int32)
+    tokens = checked_ids(config, wide if bos_id is None else np.append(wide, bos_id))[: len(wide)]
     available = len(tokens) // n_ctx
     if available < 1:
         raise QjaxError(f"the text has {len(tokens)} tokens, fewer than one chunk of {n_ctx}: give a longer one")
@@ -45,6 +37,21 @@ def chunks_of(
         raise QjaxError(f"expected at least one chunk, got {chunks}")
     count = available if chunks is None else min(chunks, available)
     return tokens[: count * n_ctx].reshape(count, n_ctx)
+
+
+def checked_ids(config: ModelConfig, ids: Int64[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
+    """Token ids that a model knows.
+
+    Raises:
+      QjaxError: an id that is not in its vocabulary: a gather would give NaN for it.
+    """
+    unknown = ids[(ids < 0) | (ids >= config.vocab)]
+    if unknown.size:
+        raise QjaxError(
+            f"token id {unknown[0]} is not in the model's vocabulary of {config.vocab}: "
+            "the tokenizer is not this model's"
+        )
+    return ids.astype(np.int32)
 
 
 def begun(chunks: Int32[np.ndarray, "chunks n_ctx"], bos_id: int | None) -> Int32[np.ndarray, "chunks n_ctx"]:

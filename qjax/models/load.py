@@ -32,6 +32,18 @@ def layer_weights(config: ModelConfig) -> tuple[str, ...]:
     return (*MATRICES, *NORMS, *(QK_NORMS if config.qk_norm else ()))
 
 
+def layer_tensor(i: int, key: str) -> str:
+    """The name in a file of what `models.forward.layer` calls `key` in layer i."""
+    return f"blk.{i}.{key.removesuffix('_bias')}.bias" if key.endswith("_bias") else f"blk.{i}.{key}.weight"
+
+
+def layer_tensors(file: Source, config: ModelConfig, i: int) -> dict[str, str]:
+    """The name in the file of each weight of layer i."""
+    keys = (*layer_weights(config), *(f"{name}_bias" for name in MATRICES))
+    names = {key: layer_tensor(i, key) for key in keys}
+    return {key: name for key, name in names.items() if not key.endswith("_bias") or name in file.tensors}
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that may be in a file, by its GGUF name."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -157,8 +169,7 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
             yield from split(name, params[key])
     for i, p in enumerate(params["layers"]):
         for key, array in p.items():
-            suffix = f"{key.removesuffix('_bias')}.bias" if key.endswith("_bias") else f"{key}.weight"
-            yield from split(f"blk.{i}.{suffix}", array)
+            yield from split(layer_tensor(i, key), array)
 
 
 def keep(_: str, array: Any) -> Any:
@@ -213,13 +224,20 @@ def load_gguf(
         progress(name)
         return array
 
-    def layer(i: int) -> dict[str, Any]:
-        p = {name: get(f"blk.{i}.{name}.weight") for name in layer_weights(config)}
-        for name in MATRICES:
-            if f"blk.{i}.{name}.bias" in file.tensors:
-                p[f"{name}_bias"] = get(f"blk.{i}.{name}.bias")
-        return p
+    params = read_ends(file, config, get)
+    params["rope"] = place("rope", jax.device_put(params["rope"]))
+    params["layers"] = [
+        {key: get(name) for key, name in layer_tensors(file, config, i).items()} for i in range(config.layers)
+    ]
+    return params, config
 
+
+def read_ends(file: Source, config: ModelConfig, get: Callable[[str], Any]) -> dict[str, Any]:
+    """The params outside of the layers: what `get` gives for each tensor's name, and "rope" on the host.
+
+    Raises:
+      FormatError: factors of the rotary frequencies that are not positive.
+    """
     params = {key: get(name) for name, key in TOP.items() if name in file.tensors}
     factors = None
     if "rope_freqs.weight" in file.tensors:
@@ -227,6 +245,5 @@ def load_gguf(
         if not (factors > 0).all():
             raise FormatError(f"{file.path}: tensor 'rope_freqs.weight' has numbers that are not positive")
         params["rope_factors"] = factors
-    params["rope"] = place("rope", jax.device_put(inverse_frequencies(config, factors)))
-    params["layers"] = [layer(i) for i in range(config.layers)]
-    return params, config
+    params["rope"] = inverse_frequencies(config, factors)
+    return params

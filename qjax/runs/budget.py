@@ -37,7 +37,8 @@ from qjax.models.rewrite import check_encodable, plan_mix
 from qjax.quantizers.ggml import Effort
 from qjax.runs.console import progress_bar
 from qjax.runs.quantize import dry_run, quantize_file
-from qjax.runs.texts import open_model, read_text
+from qjax.runs.texts import open_model
+from qjax.text.files import read_text
 
 CHUNKS, N_CTX = 8, 512
 OWN_TEXT = "text of the model's own"

@@ -18,7 +18,8 @@ from qjax.formats.gguf.imatrix import Importances, merge, read_imatrix, write_im
 from qjax.formats.locate import locate
 from qjax.models.chunks import begun, chunks_of
 from qjax.runs.console import show_table
-from qjax.runs.texts import open_model, read_text
+from qjax.runs.texts import open_model
+from qjax.text.files import read_text
 
 # Bytes of a model file that are looked at to tell it from another: its header, or most of it.
 _HEADER = 1 << 20

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qjax import api
@@ -15,21 +14,6 @@ from qjax.formats.locate import locate
 from qjax.formats.source import open_source
 from qjax.models.chunks import chunks_of
 from qjax.runs.console import console, emit, emit_json, progress_bar
-
-
-def read_text(path: str | Path) -> str:
-    """A text file as UTF-8; "-" is standard input.
-
-    Raises:
-      QjaxError: no such file, or not UTF-8.
-    """
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise QjaxError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise QjaxError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
 def open_model(name: str, **options: Any) -> api.Model:

@@ -19,7 +19,8 @@ from qjax.formats.gguf.plan import Wish
 from qjax.runs import run
 from qjax.runs.budget import Budget, quantize_within
 from qjax.runs.quantize import quantize_file
-from qjax.runs.texts import measure_perplexity, read_text
+from qjax.runs.texts import measure_perplexity
+from qjax.text.files import read_text
 
 KINDS = "Q3_K,Q4_K,Q5_K,Q6_K"
 TEXT = Path(argparse.__file__)

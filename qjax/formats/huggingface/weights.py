@@ -115,6 +115,17 @@ def checkpoint_name(name: str) -> str | None:
     return f"{part}.{suffix}" if match is None else f"model.layers.{match[1]}.{part}.{suffix}"
 
 
+def module_name(name: str) -> str | None:
+    """The Hugging Face module of a weight or bias, by its GGUF name; None if there is none.
+
+    "blk.0.ffn_up.weight" is of "model.layers.0.mlp.up_proj".
+    """
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match is None:
+        return next((theirs.removesuffix(".weight") for theirs, ours in _TOP.items() if ours == name), None)
+    return next((f"model.layers.{match[1]}.{part}" for part, ours in _IN_LAYER.items() if ours == match[2]), None)
+
+
 def heads_of_rows(arch: str, name: str, heads: Heads) -> int | None:
     """The number of heads whose rows are to be put in order, by a weight's GGUF name; None for none."""
     match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)

@@ -1,30 +1,15 @@
-"""The commands that make files: convert, quantize."""
+"""The command that makes a quantized file: quantize."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qjax.cli.arguments import Commands, add_json, byte_count, number, positive
+from qjax.cli.arguments import Commands, add_json, add_output, byte_count, named, number, positive
 from qjax.errors import QjaxError
 
 
 def add(commands: Commands) -> None:
-    """Their arguments."""
-    sub = commands.add(
-        "convert",
-        "Write a Hugging Face folder or a GGUF file as GGUF, as it is or quantized.",
-        "qjax convert HF_FOLDER -o q4_k_m.gguf --type q4_k_m",
-        _convert,
-    )
-    sub.add_argument("target", nargs="?", help="the file to write; or give it by -o")
-    sub.add_argument("-o", "--output", metavar="FILE", help="the file to write")
-    sub.add_argument(
-        "--type", help="a plain type such as f16 or q8_0 for every float matrix, or a mix; default: as they are"
-    )
-    _add_output(sub)
-    add_json(sub)
-
+    """Its arguments."""
     sub = commands.add(
         "quantize",
         "Make a quantized GGUF file from a float one or a Hugging Face folder, with llama.cpp's mixes.",
@@ -73,53 +58,11 @@ def add(commands: Commands) -> None:
     sub.add_argument("--chunks", type=positive, help="of 512 tokens, of that text; default: 8")
     sub.add_argument("--types", metavar="TYPE,TYPE", help="with a target: the types to choose from")
     sub.add_argument("--allow-requantize", action="store_true", help="take a file that is quantized already")
-    _add_output(sub)
+    add_output(sub)
     sub.add_argument(
         "--dry-run", action="store_true", help="show types and sizes, read no weight (with a target: write none)"
     )
     add_json(sub)
-
-
-def _add_output(sub: argparse.ArgumentParser) -> None:
-    """How the file is written."""
-    sub.add_argument(
-        "--split-max-size",
-        type=byte_count,
-        metavar="SIZE",
-        help="write shards NAME-00001-of-0000N.gguf with up to this size of tensors each, such as 2GiB or 500M",
-    )
-    sub.add_argument("--fresh", action="store_true", help="begin anew, whatever a killed run has done already")
-
-
-def _convert(args: argparse.Namespace) -> None:
-    from qjax.api import convert
-    from qjax.formats.gguf import open_gguf
-    from qjax.formats.locate import locate
-    from qjax.kernels.native import return_when_freed
-    from qjax.runs.console import console, emit_json, progress_bar, say_resumed
-
-    if (args.target is None) == (args.output is None):
-        raise QjaxError("give the file to write by -o FILE, or after the model, once")
-    target = args.target or args.output
-    # Before the bar, since a download has bars of its own.
-    source = locate(args.model)
-    return_when_freed()
-    with progress_bar(f"writing {target}") as advance:
-        path = convert(
-            source,
-            target,
-            quantize=args.type,
-            split_max_bytes=args.split_max_size,
-            fresh=args.fresh,
-            progress=lambda _: advance(),
-            resumed=say_resumed,
-        )
-    files = open_gguf(path).shards
-    if args.json:
-        size = sum(file.stat().st_size for file in files)
-        emit_json({"path": str(path), "files": [str(file) for file in files], "bytes": size})
-    else:
-        console.print(f"wrote {_named(files)}", markup=False)
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -152,7 +95,7 @@ def _quantize(args: argparse.Namespace) -> None:
         show(result)
     else:
         summary = f"{megabytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight"
-        console.print(f"wrote {_named(result['files'])}: {summary}", markup=False)
+        console.print(f"wrote {named(result['files'])}: {summary}", markup=False)
     if budgeted:
         measured = f", {result['measured_kld']:.5f} measured" if "measured_kld" in result else ""
         console.print(f"KL divergence to the source: {result['expected_kld']:.5f} expected{measured}", markup=False)
@@ -199,8 +142,3 @@ def _within_budget(args: argparse.Namespace, wish: Any) -> dict[str, Any]:
         split_max_bytes=args.split_max_size,
         fresh=args.fresh,
     )
-
-
-def _named(files: Sequence[str | Path]) -> str:
-    more = len(files) - 1
-    return f"{files[0]} and {more} more" if more else str(files[0])
