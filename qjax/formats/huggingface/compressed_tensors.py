@@ -237,8 +237,10 @@ def _read_mxfp4(tensors: Mapping[str, np.ndarray], *, parts: Parts) -> CodebookA
 def _read_nvfp4(tensors: Mapping[str, np.ndarray], *, parts: Parts) -> FloatCodebookArray:
     out, columns = parts.shape
     parts.need("weight_global_scale", FLOATS, (), (1,))
-    factor = np.float32(1) / tensors["weight_global_scale"].astype(np.float32).reshape(1, 1)
-    parts.finite("weight_global_scale", factor)
+    divisor = parts.finite("weight_global_scale", tensors["weight_global_scale"]).astype(np.float32).reshape(1, 1)
+    if not divisor > 1e-30:
+        raise parts.wrong("weight_global_scale", f"is {divisor[0, 0]}, expected a positive number")
+    factor = np.float32(1) / divisor
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     scale = np.ascontiguousarray(tensors["weight_scale"])
     if not np.isfinite(every[scale]).all():

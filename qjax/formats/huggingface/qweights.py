@@ -188,7 +188,8 @@ def evidence_of(parts: Parts, bits: int) -> Evidence:
     qweight = np.ascontiguousarray(parts.read("qweight")[: words_for(first, bits), :rows].T)
     codes = unpack_words(qweight, bits, first)
     of_column = np.arange(first) * groups // columns
-    if "g_idx" in parts and parts.stored["g_idx"].shape == (columns,):
+    if "g_idx" in parts:
+        parts.need("g_idx", ("I32", "I64"), (columns,))
         of_column = np.clip(parts.read("g_idx")[:first], 0, groups - 1)
     mean, zero = float(codes.mean()), float(stored[of_column, :rows].mean())
     constant = int(stored.flat[0]) if (stored == stored.flat[0]).all() else None
@@ -208,7 +209,7 @@ def version_of(modules: Sequence[tuple[Parts, int]], labels: Labels) -> Version:
     """The version of all GPTQ modules (with their bits) of a folder.
 
     Raises:
-        FormatError: a module's qzeros do not fit.
+        FormatError: a module's qzeros or g_idx do not fit.
     """
     said = str(labels.values.get("checkpoint_format") or "").lower()
     label: Literal[1, 2] = 2 if said == "gptq_v2" else 1

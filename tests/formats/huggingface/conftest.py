@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 # Test files are no package: what several of them use is found beside them.
@@ -42,35 +41,13 @@ def copied(tmp_path: Path, change: Callable[..., None]) -> Callable[..., Path]:
     return copy
 
 
-# A Llama of one layer whose rows and columns all packers can pack.
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"head_dim": 32, "num_hidden_layers": 1, "tie_word_embeddings": False, "attention_bias": False}
-MATRICES = {
-    "self_attn.q_proj": (128, 128),
-    "self_attn.k_proj": (64, 128),
-    "self_attn.v_proj": (64, 128),
-    "self_attn.o_proj": (128, 128),
-    "mlp.gate_proj": (192, 128),
-    "mlp.up_proj": (192, 128),
-    "mlp.down_proj": (128, 192),
-}
-
-
 @pytest.fixture
 def made(copied: Callable[..., Path]) -> Callable[..., Path]:
-    """`made(tensors, **config)`: a folder of that Llama whose layer has `tensors`, the rest being floats."""
+    """`made(tensors, **config)`: a folder of `packers.SIZES` whose layer has `tensors`, the rest being floats."""
 
     def make(tensors: packers.Tensors, **config: Any) -> Path:
-        folder = copied("llama-3", **SIZES, **config)
-        rng = np.random.default_rng(0)
-        floats: packers.Tensors = {
-            "model.embed_tokens.weight": ("F16", rng.normal(size=(320, 128)).astype(np.float16)),
-            "lm_head.weight": ("F16", rng.normal(size=(320, 128)).astype(np.float16)),
-            "model.norm.weight": ("F16", np.ones(128, np.float16)),
-            "model.layers.0.input_layernorm.weight": ("F16", np.ones(128, np.float16)),
-            "model.layers.0.post_attention_layernorm.weight": ("F16", np.ones(128, np.float16)),
-        }
-        packers.write_safetensors(folder / "model.safetensors", dict(sorted((floats | tensors).items())))
+        folder = copied("llama-3", **packers.SIZES, **config)
+        packers.write_model(folder, tensors)
         return folder
 
     return make

@@ -12,6 +12,18 @@ import ml_dtypes
 import numpy as np
 
 Tensors = dict[str, tuple[str, np.ndarray]]
+# A Llama of one layer whose rows and columns all packers can pack; [out, in] of its matrices.
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"head_dim": 32, "num_hidden_layers": 1, "tie_word_embeddings": False, "attention_bias": False}
+MATRICES = {
+    "self_attn.q_proj": (128, 128),
+    "self_attn.k_proj": (64, 128),
+    "self_attn.v_proj": (64, 128),
+    "self_attn.o_proj": (128, 128),
+    "mlp.gate_proj": (192, 128),
+    "mlp.up_proj": (192, 128),
+    "mlp.down_proj": (128, 192),
+}
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # QLoRA's 16 values (Dettmers et al. 2023, appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334)
@@ -197,3 +209,16 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
         data += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def write_model(folder: Path, tensors: Tensors) -> None:
+    """The weights of that Llama: `tensors` in its layer, and floats around it."""
+    rng = np.random.default_rng(0)
+    floats: Tensors = {
+        "model.embed_tokens.weight": ("F16", rng.normal(size=(320, 128)).astype(np.float16)),
+        "lm_head.weight": ("F16", rng.normal(size=(320, 128)).astype(np.float16)),
+        "model.norm.weight": ("F16", np.ones(128, np.float16)),
+        "model.layers.0.input_layernorm.weight": ("F16", np.ones(128, np.float16)),
+        "model.layers.0.post_attention_layernorm.weight": ("F16", np.ones(128, np.float16)),
+    }
+    write_safetensors(folder / "model.safetensors", dict(sorted((floats | tensors).items())))

@@ -10,8 +10,7 @@ import ml_dtypes
 import numpy as np
 import packers
 import pytest
-from conftest import MATRICES
-from packers import Grid, Tensors, grid
+from packers import MATRICES, Grid, Tensors, grid
 
 import qjax
 from qjax.arrays import TransformedArray
