@@ -1,18 +1,15 @@
 """GPTQ and round to nearest of a block of the embedded model: what is packed, what is logged, what is lost."""
 
-import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
-from qjax.arrays import QuantizedArray, Scheme, TransformedArray
+from qjax.arrays import Scheme
 from qjax.calibrate.blocks import Block, begin_blocks
 from qjax.calibrate.methods.gptq import GPTQ
 from qjax.calibrate.methods.rtn import RTN
-from qjax.errors import QjaxError
 from qjax.models.load import MATRICES
 
 
@@ -40,8 +37,5 @@ def distance(block: Block, weights: Any) -> float:
 
 
 def test_each_option_takes_the_output_nearer_to_the_float_models(second: Block) -> None:
-    found = [
-        distance(second, method(second)[0])
-        for method in (RTN(), GPTQ(asymmetric=False), GPTQ())
-    ]
+    found = [distance(second, method(second)[0]) for method in (RTN(), GPTQ(asymmetric=False), GPTQ())]
     assert found[0] > 1.05 * found[1] > 1.05**2 * found[2]
