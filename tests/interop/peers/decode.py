@@ -1,4 +1,4 @@
-"""A quantized folder's float weights: compressed-tensors, GPTQ or AWQ in, a float32 Hugging Face folder out.
+"""The float weights of quantized folders: compressed-tensors, GPTQ or AWQ in, float32 Hugging Face folders out.
 
 Written from the formats' descriptions with numpy alone, independent of qjax's readers and of the programs that made the
 folder; safetensors is only asked for the bytes. Activations that a scheme rounds are not rounded in what comes out.
@@ -98,21 +98,26 @@ def decoded(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def write(folder: Path, output: Path) -> None:
+    output.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, output)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
+    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in decoded(folder).items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="folder of the folders that are made")
+    parser.add_argument("folders", type=Path, nargs="+")
     args = parser.parse_args()
-    args.output.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (args.folder / name).exists():
-            shutil.copy(args.folder / name, args.output)
-    config = json.loads((args.folder / "config.json").read_text())
-    del config["quantization_config"]
-    (args.output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
-    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in decoded(args.folder).items()}
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    save_file(tensors, args.output / "model.safetensors", metadata={"format": "pt"})
+    for folder in args.folders:
+        write(folder, args.output / folder.name)
 
 
 if __name__ == "__main__":

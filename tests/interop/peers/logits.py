@@ -1,45 +1,73 @@
-"""Logits of a folder as transformers computes them, float32 on the CPU: the oracle for files that qjax wrote.
+"""Logits of folders as transformers computes them, in float32 on the CPU: the oracle for files that qjax wrote.
 
-Run by a python that has transformers, and what the folder's format needs: compressed-tensors, or auto-round for GPTQ
-and AWQ. The output is an .npz with "logits", float32 [samples, seq, vocab].
+Run by a python that has transformers, and what the folders' formats need. compressed-tensors goes through transformers
+with its own package. GPTQ and AWQ go through AutoRound: the kernels of auto-round-lib where it is installed, else, of
+GPTQ, the one in torch, which takes no zero points, and of AWQ its unpacking into transformers' float model.
+
+The output is an .npz: float32 [samples, seq, vocab] by the name of each folder that there is a way for.
 """
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoRoundConfig, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
 
 
-def opened(folder: Path, dequantize: bool, backend: str) -> torch.nn.Module:
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    options = {}
-    if config.get("quant_method") == "compressed-tensors":
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=dequantize)
-    elif config.get("quant_method") in ("gptq", "awq"):
-        # transformers' own way needs optimum and gptqmodel; AutoRound's reads both formats, and runs on a CPU.
-        options["quantization_config"] = AutoRoundConfig(backend=backend)
+def unpacked_awq(folder: Path, group_size: int) -> Any:
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+    from safetensors.torch import load_file
+
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        qweight, qzeros, scales = (tensors.pop(f"{module}.{part}") for part in ("qweight", "qzeros", "scales"))
+        tensors[f"{module}.weight"] = dequantize_gemm(qweight, qzeros, scales.float(), 4, group_size).T.contiguous()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+    return model
+
+
+def opened(folder: Path) -> torch.nn.Module | None:
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    method, options = quantization.get("quant_method"), {}
+    if method in ("gptq", "awq"):
+        kernels = importlib.util.find_spec("auto_round_kernel") is not None
+        if method == "awq" and not kernels:
+            return unpacked_awq(folder, quantization["group_size"])
+        if not quantization["sym"] and not (kernels and quantization["bits"] in (2, 4, 8)):
+            return None
+        # transformers' own way needs optimum and gptqmodel.
+        options["quantization_config"] = AutoRoundConfig(backend="auto" if kernels else "torch")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
     # AutoRound leaves the model in float16, and transformers refuses to change that of a quantized one.
     return torch.nn.Module.float(model).eval()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", type=Path, help=".npy of int32 [samples, seq] token ids")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--dequantize", action="store_true", help="compressed-tensors: floats once it is opened")
-    parser.add_argument("--backend", default="auto", help="AutoRound's, for GPTQ and AWQ")
+    parser.add_argument("folders", type=Path, nargs="+")
     args = parser.parse_args()
-    model = opened(args.folder, args.dequantize, args.backend)
-    with torch.inference_mode():
-        found = [model(ids[None]).logits[0].float().numpy() for ids in torch.from_numpy(np.load(args.ids)).long()]
-    kinds = {type(module).__name__: type(module).__module__ for module in model.modules()}
-    print(json.dumps({name: where for name, where in kinds.items() if "Linear" in name or "Quant" in name}))
-    np.savez(args.output, logits=np.stack(found))
+    ids = torch.from_numpy(np.load(args.ids)).long()
+    found = {}
+    for folder in args.folders:
+        if (model := opened(folder)) is None:
+            continue
+        with torch.inference_mode():
+            found[folder.name] = np.stack([model(row[None]).logits[0].float().numpy() for row in ids])
+        linear = {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
+        print(json.dumps({"folder": folder.name, "layers": sorted(linear)}), flush=True)
+    np.savez(args.output, **found)
 
 
 if __name__ == "__main__":
