@@ -38,6 +38,14 @@ class Line(NamedTuple):
     note: str = ""
 
 
+def run_block(weights: Weights, x: Any, rope: Any, config: ModelConfig, tap: Tap | None = None) -> tuple[Any, Tapped]:
+    """`Block.run`, for programs that take the block apart."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    angles = rope_angles(positions, rope)
+    y, _, tapped = layer(weights, x, angles, positions, None, config=config, tap=tap)
+    return y, tapped
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One decoder layer and what goes into it.
@@ -64,10 +72,7 @@ class Block:
 
     def run(self, weights: Weights, x: Any, tap: Tap | None = None) -> tuple[Any, Tapped]:
         """The block's output for one batch, and what `tap` keeps of the products' inputs; pure in weights and x."""
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-        angles = rope_angles(positions, self.rope)
-        y, _, tapped = layer(weights, x, angles, positions, None, config=self.config, tap=tap)
-        return y, tapped
+        return run_block(weights, x, self.rope, self.config, tap)
 
     def outputs(self, weights: Weights, hidden: Hidden) -> Hidden:
         """The block's output for all hidden states, on the host."""

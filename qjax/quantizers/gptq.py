@@ -34,12 +34,11 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.arrays import QuantizedArray, Scheme, TransformedArray
 from qjax.arrays.scheme import CHANNEL, affine
+from qjax.quantizers.hessian import alive, factor, plus_diagonal
 from qjax.quantizers.rtn import Grid, grid_of, nearest, widened
 
 # Columns that are rounded one by one before the rest of their block is told; rows of E that are read at once.
 _COLUMNS, _TILE = 32, 512
-# Of the damping where Cholesky fails, until it is this many times the mean of H's diagonal.
-_GROWTH, _MOST = 10.0, 1e6
 
 
 class Rounded(NamedTuple):
@@ -98,14 +97,12 @@ def _gptq(W: Any, H: Any, *, options: _Options) -> Rounded:
     groups = scheme.groups(n)
     static = options.static_groups or groups == 1
     diag = jnp.diagonal(H)
-    # A dead column stands by itself, wherever it is put; its place on the diagonal does not change the mean.
-    mean = jnp.sum(diag) / jnp.maximum(jnp.sum(diag != 0), 1).astype(jnp.float32)
-    H = _plus_diagonal(H, jnp.where(diag == 0, jnp.where(mean == 0, jnp.float32(1), mean), 0))
+    H = alive(H)
     order = jnp.arange(n)
     perm = jnp.argsort(-diag, stable=True) if options.act_order else order
     if options.act_order:
         H = jnp.take(jnp.take(H, perm, axis=0), perm, axis=1)
-    R, damp = _factor(H, options.damp)
+    R, damp = factor(H, options.damp)
     back = jnp.argsort(perm) if options.act_order else order
     grid = None
     if static:
@@ -117,29 +114,6 @@ def _gptq(W: Any, H: Any, *, options: _Options) -> Rounded:
     if options.act_order and not static:
         return Rounded(TransformedArray(array, columns=perm.astype(jnp.int32)), damp)
     return Rounded(array, damp)
-
-
-def _plus_diagonal(H: Any, d: Any) -> Any:
-    # By a mask: XLA:CPU scatters number by number, with a copy of H for each.
-    at = jnp.arange(H.shape[0])
-    return jnp.where(at[:, None] == at[None], H + jnp.broadcast_to(d, H.shape[:1])[None], H)
-
-
-def _factor(H: Any, percdamp: float) -> tuple[Any, Any]:
-    """R, upper, with R R^T = H + damp * mean(diag(H)) * I, and the damp that it took."""
-    mean = jnp.mean(jnp.diagonal(H))
-    # Cholesky gives lower factors: of the matrix in reverse, an upper one in reverse.
-    reverse = H[::-1, ::-1]
-
-    def attempt(state: Any) -> Any:
-        _, damp, _ = state
-        L = lax.linalg.cholesky(_plus_diagonal(reverse, damp * mean), symmetrize_input=False)
-        return jnp.maximum(damp * jnp.float32(_GROWTH), jnp.float32(1e-6)), damp, L
-
-    failed = lambda state: jnp.isnan(state[2][0, 0]) & (state[0] < _MOST)
-    first = jnp.float32(percdamp), jnp.float32(percdamp), jnp.full_like(H, jnp.nan)
-    _, damp, L = lax.while_loop(failed, attempt, first)
-    return L[::-1, ::-1], damp
 
 
 def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) -> tuple[Any, Grid]:
@@ -162,14 +136,14 @@ def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) 
     # Columns of zeros that nothing is connected with fill the last tile.
     pad = -n % tile
     E = jnp.pad(Wt, ((0, pad), (0, 0)))
-    R = _plus_diagonal(jnp.pad(R, ((0, pad), (0, pad))), (jnp.arange(n + pad) >= n).astype(jnp.float32))
+    R = plus_diagonal(jnp.pad(R, ((0, pad), (0, pad))), (jnp.arange(n + pad) >= n).astype(jnp.float32))
     importance = jnp.square(jnp.diagonal(R))
     g_idx = jnp.pad(g_idx, (0, pad), constant_values=groups - 1)
     if grid is None:
         zero = None if scheme.symmetric else jnp.zeros((groups, out), jnp.uint8)
-        grid = Grid(jnp.ones((groups, out), jnp.float16), zero)
+        grids = Grid(jnp.ones((groups, out), jnp.float16), zero)
     else:
-        grid = Grid(grid.scale.T, None if grid.zero is None else grid.zero.T)
+        grids = Grid(grid.scale.T, None if grid.zero is None else grid.zero.T)
     eye = jnp.eye(blocksize, dtype=jnp.float32)
 
     def block(b: Any, carry: Any) -> Any:
@@ -207,8 +181,8 @@ def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) 
         return lax.fori_loop(0, blocksize // step, columns, (W1, E, codes, grid))[1:]
 
     codes = jnp.zeros((n + pad, out), jnp.uint8)
-    _, codes, grid = lax.fori_loop(0, -(-n // blocksize), block, (E, codes, grid))
-    return codes[:n], grid
+    _, codes, grids = lax.fori_loop(0, -(-n // blocksize), block, (E, codes, grids))
+    return codes[:n], grids
 
 
 def _dot(a: Any, b: Any) -> Any:

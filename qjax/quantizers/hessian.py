@@ -4,7 +4,8 @@ Tokens wait in a buffer until a tile of `TILE` is full, and tiles are added up i
 same bits however they were batched, in memory of in x in. Cross moments 2/n sum t x^T with what else is known of each
 token are summed beside it.
 
-Source: IST-DASLab/gptq's `add_batch`; its running mean is a sum here, divided once.
+Source: IST-DASLab/gptq's `add_batch`; its running mean is a sum here, divided once. Beside it stands how H is made
+positive definite, and factored.
 """
 
 from functools import partial
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Float32
 from qjax.errors import QjaxError
 
 TILE = 1024
+# Of the damping where Cholesky fails, until it is so many times the mean of H's diagonal.
+_GROWTH, _MOST = 10.0, 1e6
 
 
 @struct.dataclass
@@ -42,11 +45,11 @@ class Moments:
 
 def begin(columns: int, extra: int | None = None) -> Moments:
     """Of no tokens yet, of so many columns, and of so many numbers t for the cross moments."""
+    # Each an array of its own: all are donated.
     zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
-    no, cross, t = jnp.int32(0), None, None
-    if extra is not None:
-        cross, t = zeros(extra, columns), zeros(2 * TILE, extra)
-    return Moments(zeros(columns, columns), cross, zeros(2 * TILE, columns), t, no, no)
+    none = lambda: jnp.zeros((), jnp.int32)
+    cross, t = (None, None) if extra is None else (zeros(extra, columns), zeros(2 * TILE, extra))
+    return Moments(zeros(columns, columns), cross, zeros(2 * TILE, columns), t, none(), none())
 
 
 def add(moments: Moments, x: Float[Array, "*tokens in"], t: Float[Array, "*tokens extra"] | None = None) -> Moments:
@@ -109,3 +112,37 @@ def finish(
     if not bool(jnp.isfinite(jnp.diagonal(H)).all()) or (cross is not None and not bool(jnp.isfinite(cross).all())):
         raise QjaxError(f"{name}: its calibration inputs are not finite: the weights before it are damaged")
     return H, cross
+
+
+def plus_diagonal(H: Float32[Array, "in in"], d: Float32[Array, "*in"]) -> Float32[Array, "in in"]:
+    """H + diag(d), of one number for all or one a column."""
+    # By a mask: XLA:CPU scatters number by number, with a copy of H for each.
+    at = jnp.arange(H.shape[0])
+    return jnp.where(at[:, None] == at[None], H + jnp.broadcast_to(d, H.shape[:1])[None], H)
+
+
+def alive(H: Float32[Array, "in in"]) -> Float32[Array, "in in"]:
+    """H with the mean of the rest of its diagonal for columns that no token moves (dead), which leaves the mean."""
+    diag = jnp.diagonal(H)
+    mean = jnp.sum(diag) / jnp.maximum(jnp.sum(diag != 0), 1).astype(jnp.float32)
+    return plus_diagonal(H, jnp.where(diag == 0, jnp.where(mean == 0, jnp.float32(1), mean), jnp.float32(0)))
+
+
+def factor(H: Float32[Array, "in in"], percdamp: float) -> tuple[Float32[Array, "in in"], Float32[Array, ""]]:
+    """R, upper, with R R^T = H + damp mean(diag(H)) I, and the damp that it took.
+
+    That is `percdamp`, and ten times more as often as Cholesky fails.
+    """
+    mean = jnp.mean(jnp.diagonal(H))
+    # Cholesky gives lower factors: of the matrix in reverse, an upper one in reverse.
+    reverse = H[::-1, ::-1]
+
+    def attempt(state: Any) -> Any:
+        following, _, _ = state
+        L = lax.linalg.cholesky(plus_diagonal(reverse, following * mean), symmetrize_input=False)
+        return jnp.maximum(following * jnp.float32(_GROWTH), jnp.float32(1e-6)), following, L
+
+    failed = lambda state: jnp.isnan(state[2][0, 0]) & (state[0] < _MOST)
+    first = jnp.float32(percdamp), jnp.float32(percdamp), jnp.full_like(H, jnp.nan)
+    _, damp, L = lax.while_loop(failed, attempt, first)
+    return L[::-1, ::-1], damp
