@@ -6,7 +6,7 @@ it, and gives back the block's weights, packed.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,7 @@ class Block:
         return f"blk.{self.index}.{name}.weight"
 
 
+@runtime_checkable
 class Method(Protocol):
     """How a block is quantized.
 
