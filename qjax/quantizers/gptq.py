@@ -101,7 +101,7 @@ def _gptq(W: Any, H: Any, *, options: _Options) -> Rounded:
     order = jnp.arange(n)
     perm = jnp.argsort(-diag, stable=True) if options.act_order else order
     if options.act_order:
-        H = jnp.take(jnp.take(H, perm, axis=0), perm, axis=1)
+        H = jnp.take(jnp.take(H, perm, axis=0, mode="clip"), perm, axis=1, mode="clip")
     R, damp = factor(H, options.damp)
     back = jnp.argsort(perm) if options.act_order else order
     grid = None
@@ -109,7 +109,7 @@ def _gptq(W: Any, H: Any, *, options: _Options) -> Rounded:
         grid = grid_of(W, scheme, mse=options.mse, importance=jnp.square(jnp.diagonal(R))[back])
     codes, grid = _rounded(W.T[perm], R, grid, perm // (n // groups) if static else order // (n // groups), options)
     if static and options.act_order:
-        codes = jnp.take(codes, back, axis=0)
+        codes = jnp.take(codes, back, axis=0, mode="clip")
     array = affine(codes.T, grid.scale.T, None if grid.zero is None else grid.zero.T, scheme.bits)
     if options.act_order and not static:
         return Rounded(TransformedArray(array, columns=perm.astype(jnp.int32)), damp)
@@ -204,12 +204,12 @@ def _one_by_one(W2: Any, Hinv2: Any, scale: Any, zero: Any, scheme: Scheme) -> t
     """Codes, as floats, and Err1 of a few columns [columns, out]; the reference's inner loop."""
 
     def column(i: Any, carry: Any) -> Any:
-        W2, codes, Err2 = carry
-        w, d = W2[i], Hinv2[i, i]
+        codes, Err2 = carry
+        # The reference takes each error to all columns behind it; to look it up writes less. Err2 is 0 from i on.
+        w = W2[i] - Hinv2[:, i] @ Err2
         code = nearest(w, scale[i], zero[i], scheme)
-        err = (w - scale[i] * (code - zero[i])) / d
-        W2 = W2 - Hinv2[i][:, None] * err[None]
-        return W2, codes.at[i].set(code), Err2.at[i].set(err)
+        err = (w - scale[i] * (code - zero[i])) / Hinv2[i, i]
+        return codes.at[i].set(code), Err2.at[i].set(err)
 
     none = jnp.zeros_like(W2)
-    return lax.fori_loop(0, W2.shape[0], column, (W2, none, none))[1:]
+    return lax.fori_loop(0, W2.shape[0], column, (none, none))

@@ -1,13 +1,16 @@
 """Rounding to nearest: within half a step of every weight that the grid holds, in as many bytes as promised."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.arrays import Scheme
 from qjax.arrays.scheme import BITS
-from qjax.quantizers.rtn import rtn
+from qjax.quantizers.rtn import from_codes, grid_of, rtn, to_codes
 
 
 @settings(max_examples=25)
@@ -29,3 +32,32 @@ def test_int8_and_int4_are_as_small_as_promised() -> None:
     w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)).astype(np.float32))
     assert 2 * w.size / rtn(w, Scheme(8, -1)).nbytes >= 1.85
     assert 2 * w.size / rtn(w, Scheme(4, 128)).nbytes >= 3.5
+
+
+@pytest.mark.parametrize("group", [-1, 0, 32])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_searched_grids_lower_the_squared_error(group: int, symmetric: bool) -> None:
+    """Of every group: the grid that holds all weights is among those tried."""
+    scheme = Scheme(3, group, symmetric)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 64)).astype(np.float32))
+
+    def errors(mse: bool) -> np.ndarray:
+        square = np.square(np.asarray(rtn(w, scheme, mse=mse).dequantize() - w))
+        axes = (1, 2, 3) if group == 0 else (3,)
+        return square.reshape(2, 6, scheme.groups(64), -1).sum(axes)
+
+    plain, searched = errors(False), errors(True)
+    assert (searched <= plain).all()
+    assert searched.sum() < 0.9 * plain.sum()
+
+
+def test_searched_grids_weigh_columns() -> None:
+    """A column that counts for more than the rest is the nearer for it."""
+    w = jnp.asarray(np.random.default_rng(2).normal(size=(200, 32)).astype(np.float32))
+    scheme, heavy = Scheme(2, 32), jnp.ones(32, jnp.float32).at[5].set(1000)
+
+    def error(importance: Any) -> float:
+        grid = grid_of(w, scheme, mse=True, importance=importance)
+        return float(jnp.square(from_codes(to_codes(w, grid, scheme), grid, scheme) - w)[:, 5].mean())
+
+    assert error(heavy) < 0.5 * error(None)
