@@ -1,7 +1,7 @@
-"""Decoding a TinyLlama-1.1B-shaped model: packed types against this machine's own XLA float32 decode.
+"""Decoding a TinyLlama-1.1B-shaped model: packed types against this machine's own float decode.
 
 All models are in memory at once and take turns, token runs interleaved, so that a noisy machine is noisy to all;
-the figure of each is the median run, and its ratio to float32 the median of the ratios within a round. The limit is
+the figure of each is the median run, and its ratio to the first the median of the ratios within a round. The limit is
 what reading every packed byte once a token would allow, at the bandwidth measured in the same rounds.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from schemes import KINDS, scheme_params
 
 from qjax.arrays import memory
 from qjax.evaluate.shapes import shape_of
@@ -31,6 +32,18 @@ CASES = [
     ("q4_k_m", "float"),
     ("q4_k_m", "int8"),
 ]
+# `--schemes`: the kinds of other ecosystems beside these; all are compared with the first.
+SCHEME_CASES = [
+    ("f16", "float"),
+    ("q4_0", "int8"),
+    ("q8_0", "int8"),
+    *((name, "int8") for name in KINDS if name[0] == "w"),
+    *((name, "float") for name in ("w4g128", "fp8", "fp8 dynamic", "nf4")),
+]
+
+
+def make_params(config: ModelConfig, name: str) -> Any:
+    return scheme_params(config, name) if name in KINDS else synthetic_params(config, name)
 
 
 def decode_rate(params: Any, config: ModelConfig, activations: Any, tokens: int) -> float:
@@ -57,7 +70,7 @@ def bandwidth(block: jax.Array) -> float:
 
 def measure(shape: str, cases: list[tuple[str, str]], tokens: int, rounds: int) -> list[dict[str, Any]]:
     config = shape_of(shape).config
-    params = {name: synthetic_params(config, name) for name in dict.fromkeys(name for name, _ in cases)}
+    params = {name: make_params(config, name) for name in dict.fromkeys(name for name, _ in cases)}
     for name, activations in cases:
         decode_rate(params[name], config, activations, 2)
     block = jnp.ones((1 << 15, 1 << 13), jnp.float32)
@@ -81,7 +94,7 @@ def measure(shape: str, cases: list[tuple[str, str]], tokens: int, rounds: int) 
                 "activations": activations,
                 "bytes": memory(params[name]).nbytes,
                 "tokens_per_second": rate,
-                "against_f32": float(np.median(np.array(rates[name, activations]) / base)),
+                "against_first": float(np.median(np.array(rates[name, activations]) / base)),
                 "limit_tokens_per_second": gigabytes / touched,
                 "of_limit": rate * touched / gigabytes,
                 "samples": rates[name, activations],
@@ -92,12 +105,12 @@ def measure(shape: str, cases: list[tuple[str, str]], tokens: int, rounds: int) 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("| type | activations | GiB | tokens/s | against f32 | of the bandwidth limit |")
+    print(f"| type | activations | GiB | tokens/s | against {rows[0]['type']} | of the bandwidth limit |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['type']} | {row['activations']} | {row['bytes'] / 2**30:.2f} | {row['tokens_per_second']:.1f} "
-            f"| {row['against_f32']:.2f}x | {100 * row['of_limit']:.0f} % |"
+            f"| {row['against_first']:.2f}x | {100 * row['of_limit']:.0f} % |"
         )
 
 
@@ -106,9 +119,10 @@ if __name__ == "__main__":
     parser.add_argument("--shape", default="tinyllama-1.1b")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--schemes", action="store_true", help="GPTQ's, AWQ's, W8A8, FP8 and NF4 weights")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    result = measure(args.shape, CASES, args.tokens, args.rounds)
+    result = measure(args.shape, SCHEME_CASES if args.schemes else CASES, args.tokens, args.rounds)
     show(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -44,6 +44,10 @@ class FloatCodebookArray(QuantizedArray):
         return (*lead, nbytes * self.layout[0].per_byte)
 
     @property
+    def bits(self) -> int:
+        return 4
+
+    @property
     def group_size(self) -> int:
         """Columns that share one scale."""
         return self.shape[-1] // self.scale.shape[-1]

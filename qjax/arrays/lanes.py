@@ -27,7 +27,9 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax.arrays.affine import AffineArray
 from qjax.arrays.base import GroupedArray, QuantizedArray
-from qjax.arrays.planes import Plane, pack_plane, unpack_plane
+from qjax.arrays.float_codebook import FloatCodebookArray
+from qjax.arrays.planes import Layout, Plane, pack_plane, unpack_plane
+from qjax.arrays.scaled_float import ScaledFloatArray
 
 LANES, STEP, WORD = 16, 32, 4
 WIDTHS = frozenset([(8,), (4,), (2,), (2, 1), (4, 1), (4, 2)])
@@ -51,7 +53,7 @@ def _step_plane(plane: Plane) -> Plane:
 
 @struct.dataclass(repr=False)
 class LaneBlockedArray(QuantizedArray):
-    """A grouped array in the lane-blocked layout.
+    """A grouped array, or one of floats that codes stand for, in the lane-blocked layout.
 
     Leaves (arrays), all those of `inner`, with T = ceil(out / 16) tiles and S = ceil(in / 32) steps:
       planes: uint8 [..., T, S * 64 * width]; 8-bit codes with offset 128 as unsigned codes.
@@ -91,16 +93,16 @@ class LaneBlockedArray(QuantizedArray):
     def column_unit(self) -> int:
         return math.lcm(STEP, self.inner.column_unit)
 
-    def plain(self) -> GroupedArray:
+    def plain(self) -> Any:
         """The array this was made of, bit for bit; numpy leaves give numpy leaves."""
         rows, columns = self.shape[-2:]
         held = jax.tree.map(lambda leaf: leaf[..., :rows, :], self._rows(_all_rows))
         layout = self.inner.layout
         planes = tuple(_from_steps(*pair, columns) for pair in zip(held.planes, layout, strict=True))
-        rest = held.replace(planes=())
+        rest = _with(held, ())
         if self.group_size == LANES and self.columns_padding:
             rest = jax.tree.map(lambda leaf: leaf[..., :-1], rest)
-        return rest.replace(planes=planes, layout=layout)
+        return _with(rest, planes, layout)
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "... out in"]:
         rows, columns = self.shape[-2:]
@@ -131,8 +133,16 @@ class LaneBlockedArray(QuantizedArray):
         planes = tuple(pull(data, WORD) for data in self.inner.planes)
         if flip:
             planes = tuple(data ^ np.uint8(flip) for data in planes)
-        rest = jax.tree.map(lambda leaf: pull(leaf, 1), self.inner.replace(planes=()))
-        return rest.replace(planes=planes, layout=tuple(_step_plane(plane) for plane in self.inner.layout))
+        rest = jax.tree.map(lambda leaf: pull(leaf, 1), _with(self.inner, ()))
+        return _with(rest, planes, tuple(_step_plane(plane) for plane in self.inner.layout))
+
+
+def _with(array: Any, planes: tuple[Any, ...], layout: Layout | None = None) -> Any:
+    """The array with other planes of codes, and perhaps in another layout."""
+    if isinstance(array, ScaledFloatArray):
+        # One plane of whole bytes, which have no other layout.
+        return array.replace(values=planes[0] if planes else None)  # pyright: ignore[reportAttributeAccessIssue]
+    return array.replace(planes=planes, layout=array.layout if layout is None else layout)
 
 
 def _flip(array: Any) -> int:
@@ -193,7 +203,7 @@ def repack(data: np.ndarray, plane: Plane, columns: int, flip: int) -> np.ndarra
 
 def serves_lanes(array: Any) -> str | None:
     """None if `to_lanes` takes the array, else what it has that lanes have not."""
-    if not isinstance(array, GroupedArray):
+    if not isinstance(array, GroupedArray | ScaledFloatArray | FloatCodebookArray):
         return f"{type(array).__name__} has no planes of codes with a scale a group"
     if array.ndim != 2:
         return f"{array.ndim} axes, not 2"
@@ -204,12 +214,15 @@ def serves_lanes(array: Any) -> str | None:
     columns, group = array.shape[-1], array.group_size
     if group != 16 and group % STEP and group != columns:
         return f"groups of {group}: neither 16, nor a multiple of {STEP}, nor all {columns} columns"
-    if array.bits == 8 and (not isinstance(array, AffineArray) or array.offset not in (0, 128)):
+    if isinstance(array, ScaledFloatArray):
+        if array.kind == "float8_e4m3fn" and ((np.asarray(array.values) & np.uint8(0x7F)) == 0x7F).any():
+            return "values that are no numbers"
+    elif array.bits == 8 and (not isinstance(array, AffineArray) or array.offset not in (0, 128)):
         return "8-bit codes with an offset that is neither 0 nor 128"
     return None
 
 
-def to_lanes(array: GroupedArray, repack: Repack = repack, empty: Empty = np.empty) -> LaneBlockedArray:
+def to_lanes(array: Any, repack: Repack = repack, empty: Empty = np.empty) -> LaneBlockedArray:
     """The array in lanes, with numpy leaves.
 
     Args:
@@ -238,5 +251,5 @@ def to_lanes(array: GroupedArray, repack: Repack = repack, empty: Empty = np.emp
         repack(data, plane, columns, _flip(held)).reshape(_ceil(out, LANES), -1)
         for data, plane in zip(held.planes, held.layout, strict=True)
     )
-    inner = jax.tree.map(numbers, held.replace(planes=())).replace(planes=planes)
+    inner = _with(jax.tree.map(numbers, _with(held, ())), planes)
     return LaneBlockedArray(inner, padding=-out % LANES, columns_padding=-columns % STEP)

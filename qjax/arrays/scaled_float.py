@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.arrays.affine import widen
 from qjax.arrays.base import QuantizedArray
+from qjax.arrays.planes import Layout, Plane
 
 Float8 = Literal["float8_e4m3fn", "float8_e5m2"]
 
@@ -39,8 +40,26 @@ class ScaledFloatArray(QuantizedArray):
         return self.values.shape
 
     @property
-    def column_unit(self) -> int:
+    def planes(self) -> tuple[Any]:
+        """The values as codes of 8 bits in one plane."""
+        return (self.values,)
+
+    @property
+    def layout(self) -> Layout:
+        return (Plane(8, 1),)
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share one scale."""
         return self.block or self.shape[-1]
+
+    @property
+    def column_unit(self) -> int:
+        return self.group_size
 
     def floats(self) -> Float32[Array, "... out in"]:
         """The values without their scales."""

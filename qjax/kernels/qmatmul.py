@@ -52,8 +52,9 @@ def _rounding(weight: Any) -> str | None:
 
 def _rounds(weight: Any, activations: str) -> bool:
     """Whether x is rounded by groups: of grouped codes there are integer products. Nothing is rounded twice."""
-    grouped = isinstance(_inner(weight), GroupedArray | LaneBlockedArray)
-    return activations == "int8" and grouped and _rounding(weight) is None
+    inner = _inner(weight)
+    codes = inner.inner if isinstance(inner, LaneBlockedArray) else inner
+    return activations == "int8" and isinstance(codes, GroupedArray) and _rounding(weight) is None
 
 
 def _straight_through(run: Matmul) -> Matmul:
@@ -164,6 +165,9 @@ def qmatmuls(
       ValueError: see `qmatmul`.
     """
     rows = math.prod(x.shape[:-1])
+    if len(weights) > 1 and all(map(_only_rounds_to_float8, weights)):
+        changed = rounded(x.astype(jnp.float32), weights[0])
+        return tuple(y.astype(_result_dtype(x)) for y in qmatmuls(changed, [weight.inner for weight in weights]))
     together = all(lanes_of(weight) is not None and weight.shape[-1] == x.shape[-1] for weight in weights)
     names = {select(weight, rows, activations).name for weight in weights} if together else set()
     if len(names) != 1 or (name := names.pop()) not in _NATIVE:
@@ -172,6 +176,12 @@ def qmatmuls(
     flat = x.reshape(rows, x.shape[-1]).astype(jnp.float32)
     products = matmuls_native(flat, weights, rounding=rounding, elsewhere=elsewhere)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(_result_dtype(x)) for y in products)
+
+
+def _only_rounds_to_float8(weight: Any) -> bool:
+    """Whether the weight changes x by a rounding of each token, and by nothing else: once for all that do."""
+    others = ("columns", "input_scale", "x_scale")
+    return _rounding(weight) == "float8_e4m3fn" and all(getattr(weight, name) is None for name in others)
 
 
 def _result_dtype(x: Any) -> Any:

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qjax.arrays import FloatCodebookArray, QuantizedArray, ScaledFloatArray, serves_lanes
+from qjax.arrays import FloatCodebookArray, QuantizedArray, ScaledFloatArray, serves_lanes, to_lanes
 from qjax.arrays.planes import Plane, pack
-from qjax.kernels import qmatmul
+from qjax.kernels import native, qmatmul, select
 
 LAYOUT = (Plane(4, 16),)
 
@@ -75,6 +75,25 @@ def test_8_bit_floats(kind: Any, block: int | None, blocks: int) -> None:
     check_products(array, np.where(np.isfinite(floats), floats, 0.0).astype(np.float32))
 
 
+def check_lanes(array: QuantizedArray, floats: np.ndarray, x: jax.Array, expected: np.ndarray) -> None:
+    """In lanes, where they serve it: the same floats, there and back, and the native kernels' products."""
+    if serves_lanes(array) is not None:
+        assert array.group_size % 32 != 0 or array.shape[1] % 32  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    lanes = on_device(to_lanes(array))
+    np.testing.assert_array_equal(lanes.dequantize(), floats)
+    np.testing.assert_array_equal(lanes.take(jnp.asarray([2, 0])), floats[[2, 0]])
+    for leaf, back in zip(jax.tree.leaves(array), jax.tree.leaves(lanes.plain()), strict=True):
+        np.testing.assert_array_equal(leaf, back)
+    name = "native" if native.available() else "xla-tiles"
+    for activations in ("float", "int8"):
+        for rows in (1, 3, 5):
+            assert select(lanes, rows, activations).name == name
+            products = qmatmul(x[:rows], lanes, activations=activations)
+            size = np.abs(np.asarray(x)) @ np.abs(floats).T
+            assert (np.abs(products - expected[:rows]) <= 2e-6 * size[:rows]).all()
+
+
 def check_products(array: QuantizedArray, floats: np.ndarray) -> None:
     """Products, rows that are looked up, and that no kernel of integer codes takes it for its own."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, floats.shape[1])).astype(np.float32))
@@ -83,5 +102,13 @@ def check_products(array: QuantizedArray, floats: np.ndarray) -> None:
         products = qmatmul(x, array, activations=activations)
         np.testing.assert_allclose(products, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_array_equal(array.take(jnp.asarray([2, 0, 2])), floats[[2, 0, 2]])
-    assert serves_lanes(array) is not None
+    check_lanes(array, floats, x, expected)
     assert str(array.shape[1]) in repr(array)
+
+
+def test_8_bit_floats_that_are_no_numbers_stay_in_rows() -> None:
+    values = np.zeros((16, 32), np.uint8)
+    values[3, 5] = 0xFF
+    array = ScaledFloatArray(values, np.ones((16, 1), np.float32))
+    assert serves_lanes(array) == "values that are no numbers"
+    assert np.isnan(np.asarray(on_device(array).dequantize())).sum() == 1

@@ -150,7 +150,7 @@ struct Check {
   // then the ways in which x is changed: their number, and of each its rounding, and whether it has columns, an input scale
   // and a scale of x. blobs: x; each weight's leaves; of each way what it has, and expected and size of each product.
   void Matmul(const Case& c) {
-    constexpr int kFacts = 12 + 16;
+    constexpr int kFacts = 12 + 16 + 4 + 16;
     const int64_t count = c.numbers[0], most = c.numbers[1], columns = c.numbers[2];
     const int64_t before = failures;
     std::vector<qjax_weight> weights(count);
@@ -169,6 +169,14 @@ struct Check {
       w.scale_kind = static_cast<int32_t>(f[7]);
       w.has_table = static_cast<int32_t>(f[8]);
       for (int v = 0; v < 16; ++v) w.table[v] = static_cast<int8_t>(f[12 + v]);
+      w.value_kind = static_cast<int32_t>(f[28]);
+      w.supers = f[29];
+      w.scale_block = f[30];
+      w.scale_offset = static_cast<float>(f[31]) / 256;
+      for (int v = 0; v < 16; ++v) {
+        const auto bits = static_cast<int32_t>(f[32 + v]);
+        memcpy(&w.values[v], &bits, 4);
+      }
       const auto take = [&](int64_t size) {
         if (static_cast<int64_t>(c.blobs[next].size()) != size) Fail(c, "a leaf of another size than core.h says");
         return c.blobs[next++].data();
@@ -178,6 +186,12 @@ struct Check {
       if (f[10]) w.sub = take(qjax_sub_bytes(&w));
       if (f[9]) w.minimum = take(qjax_scale_bytes(&w));
       if (f[11]) w.zero = take(qjax_zero_bytes(&w));
+      if (w.scale_kind == QJAX_PACKED) {
+        const int64_t rows = (w.rows + 15) / 16 * 16;
+        w.scale_table = reinterpret_cast<const float*>(take(4 * 256));
+        w.super_scale = reinterpret_cast<const float*>(take(4 * rows * w.supers));
+        w.start = take(rows);
+      }
       if (const char* refused = qjax_check(&w)) Fail(c, refused);
     }
     if (failures > before) return;

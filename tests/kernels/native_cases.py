@@ -18,7 +18,8 @@ import numpy as np
 
 MATMUL, DENSE, ATTENTION, TO_LANES, RMS_NORM, SWIGLU, ROPE = range(7)
 FLOATS, GROUPS, TOKENS = range(3)
-F16, F32, E8M0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_XS = range(8)
+F16, F32, E8M0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_XS, BF16, PACKED = range(10)
+INTEGERS, E4M3, E5M2, VALUES = range(4)
 SUB_BYTES = {Q2_K: 16, Q3_K: 12, Q4_K: 12, Q6_K: 16, IQ4_XS: 6}
 LANES, STEP, SUPER_BLOCK = 16, 32, 256
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -80,6 +81,7 @@ class Weight:
     minimum: bool = False
     zero: bool = False
     table: tuple[int, ...] = ()
+    values: int = INTEGERS
     seed: int = 0
     leaves: list[np.ndarray] = field(default_factory=list)
 
@@ -89,6 +91,12 @@ class Weight:
         out = tiles * LANES
         groups = 2 * steps if self.group == 16 else ceil(self.columns, self.group)
         codes = rng.integers(0, 1 << sum(self.widths), (out, steps * STEP))
+        if self.values in (E4M3, E5M2):
+            # None that is no number, or infinite.
+            codes &= ~np.where((codes & 0x78) == 0x78, 0x40, 0)
+        self.floats16 = np.zeros(16, np.float32)
+        packed: list[np.ndarray] = []
+        self.packing = (0, 1, 0.0)
         planes, shift = [], 0
         for width in self.widths:
             planes.append(pack_lanes((codes >> shift) & ((1 << width) - 1), width))
@@ -105,7 +113,20 @@ class Weight:
         scale_leaf: np.ndarray
         zero = rng.integers(0, 1 << sum(self.widths), (out, groups)).astype(np.uint8)
         low = low_leaf = sub_leaf = None
-        if self.kind == E8M0:
+        if self.kind == PACKED:
+            scale_leaf = rng.integers(0, 256, (out, groups)).astype(np.uint8)
+            table, block, supers = rng.standard_normal(256).astype(np.float32), 8, groups // 8 + 2
+            of_block = (0.02 * rng.standard_normal((out, supers))).astype(np.float32)
+            start = rng.integers(0, 8, (out, 1)).astype(np.uint8)
+            self.packing = (supers, block, 0.25)
+            at = (start + np.arange(groups)) // block
+            scale = table[scale_leaf].astype(np.float64) * np.take_along_axis(of_block, at, 1) + 0.25
+            packed = [table, side_by_side(of_block), side_by_side(start)]
+        elif self.kind == BF16:
+            scale_leaf = (0.02 * rng.standard_normal((out, groups))).astype(np.float32).view(np.uint32) >> 16
+            scale_leaf = scale_leaf.astype(np.uint16)
+            scale = (scale_leaf.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        elif self.kind == E8M0:
             scale_leaf = rng.integers(110, 130, (out, groups)).astype(np.uint8)
             scale_leaf[rng.random(scale_leaf.shape) < 0.03] = 0
             scale_leaf[rng.random(scale_leaf.shape) < 0.03] = 1
@@ -129,13 +150,13 @@ class Weight:
                 low_leaf = floats(groups, dtype, 0.2)
                 low = low_leaf.astype(np.float64)
         numbers = [scale_leaf, sub_leaf, low_leaf, zero if self.zero else None]
-        self.leaves = [*planes, *(side_by_side(leaf) for leaf in numbers if leaf is not None)]
+        self.leaves = [*planes, *(side_by_side(leaf) for leaf in numbers if leaf is not None), *packed]
 
         def spread(of_groups: np.ndarray) -> np.ndarray:
             return np.repeat(of_groups, self.group, 1)[: self.rows, : self.columns].astype(np.float64)
 
         codes = codes[: self.rows, : self.columns]
-        values = np.array(self.table)[codes] if self.table else codes
+        values = np.array(self.table)[codes] if self.table else self.numbers(codes, rng)
         taken = self.offset + (spread(zero) if self.zero else 0)
         base = 0 if low is None else spread(low)
         self.floats = spread(scale) * (values - taken) + base
@@ -143,12 +164,26 @@ class Weight:
         self.sizes = np.abs(spread(scale)) * (np.abs(values) + taken) + np.abs(base)
         self.has = (low_leaf is not None, sub_leaf is not None, self.zero)
 
+    def numbers(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What codes without a table stand for; of small floats, by their definition."""
+        if self.values == INTEGERS:
+            return codes
+        if self.values == VALUES:
+            self.floats16 = rng.standard_normal(16).astype(np.float32)
+            return self.floats16.astype(np.float64)[codes]
+        bits, bias = (3, 7) if self.values == E4M3 else (2, 15)
+        sign, exponent, fraction = codes >> 7, (codes >> bits) & (127 >> bits), codes & ((1 << bits) - 1)
+        whole = np.where(exponent > 0, fraction + (1 << bits), fraction)
+        return np.ldexp(np.where(sign, -1.0, 1.0) * whole, np.maximum(exponent, 1) - bias - bits)
+
     def facts(self) -> list[int]:
         widths = (*self.widths, 0)[:2]
         return [
             *(self.rows, self.columns, self.group, len(self.widths), *widths, self.offset, self.kind),
             *(bool(self.table), *self.has),
             *(self.table or (0,) * 16),
+            *(self.values, *self.packing[:2], int(256 * self.packing[2])),
+            *self.floats16.view(np.int32).tolist(),
         ]
 
 
@@ -225,7 +260,9 @@ def ways(weights: Sequence[Weight], seed: int) -> list[Way]:
     found = [Way(FLOATS), Way(GROUPS)]
     order, scale = rng.permutation(columns).astype(np.int32), rng.uniform(0.5, 2, columns).astype(np.float32)
     changes = [(order, None), (None, scale), (order, scale)][seed % 3]
-    whole = all(w.kind in (F16, F32) and not w.has[0] and w.group != 16 for w in weights)
+    if any(w.values for w in weights):
+        return [Way(FLOATS), Way(FLOATS, *changes)]
+    whole = all(w.kind in (F16, F32, E8M0, BF16) and not w.has[0] and w.group != 16 for w in weights)
     if whole:
         found.append(Way(TOKENS, x_scale=np.array([0.05], np.float32) if seed % 2 else None))
     return [*found, Way((FLOATS, GROUPS, TOKENS)[seed // 3 % (3 if whole else 2)], *changes)]
@@ -250,7 +287,7 @@ def matmul(weights: Sequence[Weight], rows: int, seed: int) -> Case:
         changed = way.of(x)
         results += [leaf for leaf in way.leaves() if leaf is not None]
         results += [array for w in weights for array in expected(changed, w.floats, w.sizes)]
-    facts = ("widths", "rows", "columns", "group", "kind", "offset", "minimum", "zero", "table")
+    facts = ("widths", "rows", "columns", "group", "kind", "offset", "minimum", "zero", "table", "values")
     names = [" ".join(f"{name}={getattr(w, name)}" for name in facts if getattr(w, name)) for w in weights]
     return MATMUL, " | ".join(names), numbers, [x, *(leaf for w in weights for leaf in w.leaves), *results]
 
@@ -292,6 +329,14 @@ def matmuls() -> Iterator[Case]:
         seed, group = next(seeds), 16 if kind in (Q2_K, Q3_K, Q6_K) else 32
         weight = Weight(widths, rows, columns, group, kind, offset=offset, table=table, seed=seed)
         yield matmul([weight], next(m_of), seed)
+    floats = (((8,), E4M3), ((8,), E5M2), ((4,), VALUES))
+    for (widths, values), kind, group in itertools.product(floats, (F16, F32, BF16, PACKED), COLUMNS):
+        columns, seed = next(columns_of[group]), next(seeds)
+        weight = Weight(widths, next(rows_of), columns, group or columns, kind, values=values, seed=seed)
+        yield matmul([weight], next(m_of), seed)
+    for group in COLUMNS:
+        columns, seed = next(columns_of[group]), next(seeds)
+        yield matmul([Weight((8,), 33, columns, group or columns, BF16, offset=128, seed=seed)], next(m_of), seed)
     # Enough rows for several tasks, and weights of all kinds that share x.
     for widths, group in (((8,), 32), ((4, 2), 16), ((2,), 64)):
         seed = next(seeds)

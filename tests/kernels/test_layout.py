@@ -18,7 +18,7 @@ def test_lanes_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: True)
     assert isinstance(layout.lay_out("w", q4_0), LaneBlockedArray)
     # A dtype of scales that the kernels do not read would be brought back from lanes in each product.
-    other_scales = q4_0.replace(scale=q4_0.scale.astype(jnp.bfloat16))
+    other_scales = q4_0.replace(scale=q4_0.scale.astype(jnp.float8_e5m2))
     for array in (raw, floats, other_scales):
         assert layout.lay_out("w", array) is array
     with monkeypatch.context() as elsewhere:

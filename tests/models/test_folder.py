@@ -1,20 +1,23 @@
 """Models saved as folders: what is in them, what reads them back, and what stays where something is wrong."""
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import qjax
-from qjax.arrays import QuantizedArray, affine, parse_scheme
+from qjax.arrays import QuantizedArray, TransformedArray, affine, parse_scheme
 from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
-from qjax.formats.affine_parts import plain_numpy
+from qjax.formats.affine_parts import affine_parts, plain_numpy
 from qjax.formats.gguf import from_blocks, open_gguf
 from qjax.formats.huggingface import awq, gptq
 from qjax.formats.huggingface.card import Recipe
@@ -147,7 +150,7 @@ def test_saving_twice_gives_the_same_bytes(model: qjax.Model, tmp_path: Path) ->
 @pytest.mark.filterwarnings("ignore:tokenizer.json and")
 def test_what_a_format_cannot_hold_is_named_and_nothing_stays(write_model: WriteModel, tmp_path: Path) -> None:
     path = write_model(meta={"tokenizer.ggml.model": "none"})
-    for given, format_name, words in (
+    for spoilt, format_name, words in (
         (
             quantized(path, ffn_down="w5g32"),
             "gptq",
@@ -163,7 +166,7 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_stays(write_model: Write
         (with_minimums(path), "awq", "minimum.*saved as qjax"),
     ):
         with pytest.raises(QjaxError, match=words):
-            qjax.save(given, tmp_path / "out", format_name)
+            qjax.save(spoilt, tmp_path / "out", format_name)
         assert not list(tmp_path.iterdir())
     with pytest.raises(UnsupportedError, match=r"^blk\.0\.attn_q\.weight: no GGUF type"):
         qjax.save(quantized(path, attn_q="w3g32"), tmp_path / "out.gguf")
@@ -268,3 +271,65 @@ def test_a_folders_files_are_taken_over(tmp_path: Path) -> None:
     given, made = (json.loads((f / "config.json").read_text()) for f in (source, folder))
     assert made.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert made == given
+
+
+class Grid(NamedTuple):
+    """How one matrix is packed."""
+
+    bits: int
+    group_size: int
+    asymmetric: bool
+    order: Literal["plain", "whole groups", "mixed"]
+
+    def array(self, w: np.ndarray, seed: int) -> Any:
+        """Codes around their zero points, as those of weights are."""
+        rng, (out, columns) = np.random.default_rng(seed), w.shape
+        size = columns if self.group_size == -1 else self.group_size
+        middle, most = 1 << (self.bits - 1), (1 << self.bits) - 1
+        zero = rng.integers(max(middle - 2, 1), min(middle + 2, most), (out, columns // size), endpoint=True)
+        zero = zero if self.asymmetric else np.full_like(zero, middle)
+        codes = np.rint(rng.normal(np.repeat(zero, size, axis=1), middle / 2.5)).clip(0, most).astype(np.uint8)
+        scale = rng.uniform(0.001, 0.01, zero.shape).astype(np.float16)
+        inner = affine(codes, scale, zero.astype(np.uint8) if self.asymmetric else None, self.bits)
+        if self.order == "plain":
+            return inner
+        order = np.arange(columns).reshape(-1, size)[rng.permutation(columns // size)]
+        order = rng.permuted(order, axis=1).ravel() if self.order == "whole groups" else rng.permutation(columns)
+        return TransformedArray(inner, columns=order.astype(np.int32))
+
+
+def grids(bits: Sequence[int]) -> st.SearchStrategy[Grid]:
+    orders = st.sampled_from(["plain", "whole groups", "mixed"])
+    return st.builds(Grid, st.sampled_from(bits), st.sampled_from([32, 64, 128, -1]), st.booleans(), orders)
+
+
+ANY_BITS = {"gptq": gptq.BITS, "gptq_v2": gptq.BITS, "awq": (4,)}
+
+
+@pytest.mark.filterwarnings("ignore:tokenizer.json and", "ignore:.*only token ids go", "ignore:.*by act-order")
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("format_name", sorted(TARGETS))
+@given(st.data())
+def test_every_grid_is_loaded_as_it_was_packed(write_model: WriteModel, format_name: str, data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(grids(ANY_BITS.get(format_name, (2, 3, 4, 5, 6, 8))), min_size=7, max_size=7))
+    if format_name == "awq":
+        drawn = [grid._replace(group_size=drawn[0].group_size, order="plain") for grid in drawn]
+    path = write_model(layers=1, meta={"tokenizer.ggml.model": "none"})
+    arrays: dict[str, Any] = {}
+
+    def make(name: str, w: np.ndarray) -> Any:
+        if not name.startswith("blk."):
+            return np.asarray(w, np.float16)
+        arrays[name] = drawn[len(arrays)].array(w, len(arrays))
+        return arrays[name]
+
+    given_model = qjax.load(path, quantize=make)
+    with tempfile.TemporaryDirectory() as folder:
+        again = qjax.load(qjax.save(given_model, Path(folder) / "out", format_name))
+        for name, array in gguf_tensors(again.params, again.config):
+            if name not in arrays:
+                continue
+            a, b = affine_parts(arrays[name], "?"), affine_parts(plain_numpy(array), "?")
+            np.testing.assert_array_equal(a.codes(), b.codes())
+            for x, y in ((a.array.scale, b.array.scale), (a.zeros, b.zeros)):
+                np.testing.assert_array_equal(x[:, a.group_of_columns()], y[:, b.group_of_columns()])

@@ -36,6 +36,11 @@ class Weight(ctypes.Structure):
         ("table", ctypes.c_int8 * 16),
         ("plane", ctypes.c_void_p * 2),
         *((name, ctypes.c_void_p) for name in ("scale", "minimum", "sub", "zero")),
+        ("value_kind", ctypes.c_int32),
+        ("values", ctypes.c_float * 16),
+        *((name, ctypes.c_void_p) for name in ("scale_table", "super_scale", "start")),
+        *((name, ctypes.c_int64) for name in ("supers", "scale_block")),
+        ("scale_offset", ctypes.c_float),
     )
 
 

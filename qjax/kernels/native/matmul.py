@@ -15,13 +15,25 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax.arrays import AffineArray, CodebookArray, LaneBlockedArray, TransformedArray, TwoLevelArray
+from qjax.arrays import (
+    AffineArray,
+    CodebookArray,
+    FloatCodebookArray,
+    LaneBlockedArray,
+    ScaledFloatArray,
+    TransformedArray,
+    TwoLevelArray,
+)
 from qjax.kernels.native.library import DENSE_TARGET, MATMUL_TARGET, available, isa_number
 
 # core.h's qjax_scale_kind.
-_FLOAT_KINDS = {"float16": 0, "float32": 1}
-_E8M0 = 2
+_FLOAT_KINDS = {"float16": 0, "float32": 1, "bfloat16": 8}
+_E8M0, _PACKED = 2, 9
 _TWO_LEVEL_KINDS = {"q2_k": 3, "q3_k": 4, "q4_k": 5, "q6_k": 6, "iq4_xs": 7}
+
+# core.h's qjax_value_kind.
+_INTEGERS, _VALUES = 0, 3
+_VALUE_KINDS = {"float8_e4m3fn": 1, "float8_e5m2": 2}
 
 # Weights of one call at most, as in matmul.cc.
 MOST_TOGETHER = 8
@@ -50,6 +62,14 @@ def _scales(inner: Any) -> tuple[int, dict[str, Any]] | None:
         leaves = {"scale": inner.scale, "minimum": inner.minimum, "zero": inner.zero}
         wanted = str(inner.scale.dtype)
         kind = _FLOAT_KINDS.get(wanted)
+    elif isinstance(inner, ScaledFloatArray):
+        leaves = {"scale": inner.scale}
+        wanted = str(inner.scale.dtype)
+        kind = _FLOAT_KINDS.get(wanted)
+    elif isinstance(inner, FloatCodebookArray):
+        leaves = {"scale": inner.scale, "super": inner.super_scale, "start": inner.start}
+        wanted = str(inner.scale.dtype)
+        kind = _FLOAT_KINDS.get(wanted) if inner.super_scale is None else _PACKED
     else:
         return None
     floats = [leaves[name] for name in ("scale", "minimum") if leaves.get(name) is not None]
@@ -65,6 +85,24 @@ def dense_kind(weight: Any) -> str | None:
 def knows(array: Any) -> bool:
     """Whether the C++ kernels read scales of this kind and dtype, once the array is in lanes."""
     return _scales(array) is not None
+
+
+def _values(inner: Any) -> dict[str, Any]:
+    """What codes stand for where they are no integers, as attributes of the call."""
+    kind, values, block, offset, table = _INTEGERS, (), 1, 0.0, b""
+    if isinstance(inner, ScaledFloatArray):
+        kind = _VALUE_KINDS[inner.kind]
+    elif isinstance(inner, FloatCodebookArray):
+        kind, values = _VALUES, inner.table
+        if inner.super_scale is not None:
+            block, offset, table = inner.scale_block, inner.scale_offset, inner.scale_table
+    return {
+        "value_kind": np.array([kind], np.int64),
+        "values": np.array(values or (0,) * 16, np.float32),
+        "scale_block": np.array([block], np.int64),
+        "scale_offset": np.array([offset], np.float32),
+        "scale_tables": np.frombuffer(table, np.float32),
+    }
 
 
 def lanes_of(weight: Any) -> Any:
@@ -140,6 +178,7 @@ _CHANGES = {"columns": jnp.int32, "input_scale": jnp.float32, "x_scale": jnp.flo
 def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, rounding: Rounding) -> tuple[Any, ...]:
     leaves: list[Any] = []
     facts: dict[str, list[int]] = {}
+    more: dict[str, list[np.ndarray]] = {}
     for transformed in weights:
         weight = lanes_of(transformed)
         changes = {name: getattr(transformed, name, None) for name in _CHANGES}
@@ -151,6 +190,8 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, rounding: Rou
         widths = [plane.width for plane in inner.layout]
         leaves += [*inner.planes, *(leaf for leaf in scales.values() if leaf is not None)]
         leaves += [leaf.astype(_CHANGES[name]) for name, leaf in changes.items() if leaf is not None]
+        for name, value in _values(inner).items():
+            more.setdefault(name, []).append(value)
         for name, value in {
             "plane_count": len(widths),
             "width0": widths[0],
@@ -162,6 +203,7 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, rounding: Rou
             "has_minimum": scales.get("minimum") is not None,
             "has_sub": scales.get("sub") is not None,
             "has_zero": scales.get("zero") is not None,
+            "has_super": scales.get("super") is not None,
             **{f"has_{name}": leaf is not None for name, leaf in changes.items()},
             "has_table": bool(table),
         }.items():
@@ -170,4 +212,5 @@ def _call(x: Float[Array, "rows in"], weights: tuple[Any, ...], *, rounding: Rou
     results = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
     call = jax.ffi.ffi_call(MATMUL_TARGET, results, vmap_method="sequential")
     attributes = {name: np.array(values, np.int64) for name, values in facts.items()}
+    attributes |= {name: np.concatenate(values) for name, values in more.items()}
     return tuple(call(x, *leaves, **attributes, rounding=np.int64(_ROUNDINGS[rounding]), isa=np.int64(isa_number())))

@@ -16,6 +16,7 @@
 //     super-block are those of qjax/arrays/two_level.py.
 //
 //   w[n, k] = scale[g] * (code - offset - zero[g]) + minimum[g]        (code: table[code] if there is a table)
+//   w[n, k] = scale[g] * value                          (of QJAX_E4M3 ... QJAX_VALUES: the float that the code stands for)
 
 #ifndef QJAX_CORE_H_
 #define QJAX_CORE_H_
@@ -39,6 +40,15 @@ enum qjax_scale_kind {
   QJAX_Q4_K = 5,
   QJAX_Q6_K = 6,
   QJAX_IQ4_XS = 7,
+  QJAX_BF16 = 8,    // bfloat16, one a group
+  QJAX_PACKED = 9,  // uint8 c, one a group: scale_table[c] * super_scale[row, (start[row] + g) / scale_block] + scale_offset
+};
+
+enum qjax_value_kind {
+  QJAX_INTEGERS = 0,  // codes are integers, or those of `table`
+  QJAX_E4M3 = 1,      // bits of float8_e4m3fn, none of them NaN
+  QJAX_E5M2 = 2,      // bits of float8_e5m2
+  QJAX_VALUES = 3,    // places in `values`
 };
 
 enum qjax_isa {
@@ -65,6 +75,14 @@ typedef struct {
   const void* minimum;  // NULL if none
   const uint8_t* sub;   // NULL unless the scale kind has it
   const uint8_t* zero;  // NULL if none
+  int32_t value_kind;
+  float values[16];
+  // Of QJAX_PACKED: 256 numbers; [T, supers, 16]; [T, 16].
+  const float* scale_table;
+  const float* super_scale;
+  const uint8_t* start;
+  int64_t supers, scale_block;
+  float scale_offset;
 } qjax_weight;
 
 enum qjax_rounding {
@@ -107,7 +125,7 @@ QJAX_API const char* qjax_isa_name(int isa);
 // y[i] = float32 [rows of x, w[i].rows] for each of `count` weights that share x.
 //   isa: one that qjax_has_isa. parallel: NULL runs everything on the caller. Results do not depend on it.
 // Returns 0, or 1 for a weight that qjax_check refuses, or 2 where there is no memory for the scratch space. Of
-// QJAX_TOKENS: 1 for minimums, scales other than float16 and float32, and groups of 16 or of more than QJAX_MOST_SUMMED.
+// QJAX_TOKENS: 1 for minimums, scales of two levels, and groups of 16 or of more than QJAX_MOST_SUMMED; of floats: 1 for both.
 QJAX_API int qjax_matmul(const qjax_weight* w, int64_t count, const qjax_input* input, float* const* y, int isa,
                          qjax_parallel parallel, void* context);
 

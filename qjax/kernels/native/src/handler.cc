@@ -25,6 +25,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 using Numbers = ffi::Span<const int64_t>;
+using Floats32 = ffi::Span<const float>;
 using qjax::RunTogether;
 using qjax::Starts;
 using qjax::Work;
@@ -77,19 +78,21 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
                   Numbers plane_count, Numbers width0, Numbers width1, Numbers offset, Numbers scale_kind,
                   Numbers group_size, Numbers rows, Numbers has_minimum, Numbers has_sub, Numbers has_zero,
                   Numbers has_columns, Numbers has_input_scale, Numbers has_x_scale, Numbers has_table, Numbers tables,
-                  int64_t rounding, int64_t isa) {
+                  Numbers value_kind, Numbers has_super, Numbers scale_block, Floats32 values, Floats32 scale_offset,
+                  Floats32 scale_tables, int64_t rounding, int64_t isa) {
   const size_t count = results.size();
   for (const Numbers& numbers : {plane_count, width0, width1, offset, scale_kind, group_size, rows, has_minimum, has_sub,
-                                 has_zero, has_columns, has_input_scale, has_x_scale, has_table}) {
+                                 has_zero, has_columns, has_input_scale, has_x_scale, has_table, value_kind, has_super, scale_block}) {
     if (numbers.size() != count) return ffi::Error::InvalidArgument("qjax: expected a fact for each weight");
   }
-  if (count == 0 || tables.size() != 16 * count || x.dimensions().size() != 2) {
+  if (count == 0 || tables.size() != 16 * count || values.size() != 16 * count || scale_offset.size() != count ||
+      x.dimensions().size() != 2) {
     return ffi::Error::InvalidArgument("qjax: expected weights, their tables, and x of two axes");
   }
   std::vector<qjax_weight> weights(count);
   std::vector<qjax_input> inputs(count);
   std::vector<float*> products(count);
-  size_t next = 0;
+  size_t next = 0, next_table = 0;
   bool sound = true;
   const auto take = [&](int64_t nbytes) -> const uint8_t* {
     auto leaf = leaves.get<ffi::AnyBuffer>(next++);
@@ -109,6 +112,16 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     w.scale_kind = static_cast<int32_t>(scale_kind[i]);
     w.has_table = static_cast<int32_t>(has_table[i]);
     for (int v = 0; v < 16; ++v) w.table[v] = static_cast<int8_t>(tables[16 * i + v]);
+    w.value_kind = static_cast<int32_t>(value_kind[i]);
+    for (int v = 0; v < 16; ++v) w.values[v] = values[16 * i + v];
+    const float none = 0;
+    if (has_super[i]) {
+      if (scale_tables.size() < next_table + 256) return ffi::Error::InvalidArgument("qjax: expected a table of scales");
+      w.scale_table = scale_tables.begin() + next_table;
+      next_table += 256;
+      w.scale_block = scale_block[i];
+      w.scale_offset = scale_offset[i];
+    }
     // Sizes are made of these numbers, so they are looked at before any leaf is.
     const uint8_t there = 0;
     w.plane[0] = w.plane[1] = &there;
@@ -116,12 +129,23 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingA
     w.minimum = has_minimum[i] ? &there : nullptr;
     w.sub = has_sub[i] ? &there : nullptr;
     w.zero = has_zero[i] ? &there : nullptr;
+    w.super_scale = has_super[i] ? &none : nullptr;
+    w.start = has_super[i] ? &there : nullptr;
+    w.supers = has_super[i] ? 1 : 0;
     if (const char* refused = qjax_check(&w)) return ffi::Error::InvalidArgument(std::string("qjax: ") + refused);
     for (int p = 0; p < w.plane_count; ++p) w.plane[p] = take(qjax_plane_bytes(&w, p));
     w.scale = take(qjax_scale_bytes(&w));
     if (w.sub != nullptr) w.sub = take(qjax_sub_bytes(&w));
     if (w.minimum != nullptr) w.minimum = take(qjax_scale_bytes(&w));
     if (w.zero != nullptr) w.zero = take(qjax_zero_bytes(&w));
+    if (has_super[i]) {
+      const auto leaf = leaves.get<ffi::AnyBuffer>(next);
+      const int64_t rows_there = (w.rows + 15) / 16 * 16;
+      w.supers = leaf.has_value() ? static_cast<int64_t>(leaf->size_bytes()) / (4 * rows_there) : 0;
+      w.super_scale = reinterpret_cast<const float*>(take(w.supers * 4 * rows_there));
+      w.start = take(rows_there);
+      sound = sound && w.supers > 0;
+    }
     const auto numbers = [&](bool has, int64_t n) { return has ? take(4 * n) : nullptr; };
     inputs[i] = {x.typed_data(), x.dimensions()[0], nullptr, nullptr, nullptr, static_cast<int32_t>(rounding)};
     inputs[i].columns = reinterpret_cast<const int32_t*>(numbers(has_columns[i], w.columns));
@@ -273,6 +297,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_matmul_ffi, Matmul,
                                   .Attr<Numbers>("has_x_scale")
                                   .Attr<Numbers>("has_table")
                                   .Attr<Numbers>("tables")
+                                  .Attr<Numbers>("value_kind")
+                                  .Attr<Numbers>("has_super")
+                                  .Attr<Numbers>("scale_block")
+                                  .Attr<Floats32>("values")
+                                  .Attr<Floats32>("scale_offset")
+                                  .Attr<Floats32>("scale_tables")
                                   .Attr<int64_t>("rounding")
                                   .Attr<int64_t>("isa"));
 

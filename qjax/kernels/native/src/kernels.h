@@ -14,12 +14,15 @@ constexpr int kLanes = 16, kStep = 32, kSuperBlock = 256;
 constexpr int kMostRows = 12;
 
 // How a code is put together; see kernels.inc.
-enum CodeForm { kForm8, kForm4, kForm4Table, kForm4And1, kForm4And2, kForm2, kForm2And1, kForms };
+enum CodeForm { kForm8, kForm4, kForm4Table, kForm4And1, kForm4And2, kForm2, kForm2And1, kFormE4m3, kFormE5m2, kFormValues, kForms };
+// Those before hold integers.
+constexpr int kIntegerForms = kFormE4m3;
 
 // Where one tile's codes and tables lie, from some step on.
 struct Codes {
   const uint8_t* plane[2];
   const uint8_t* table;  // 16 values plus 128
+  const float* values;   // 16 floats
 };
 
 // One chunk of rows of x, made ready: see Inputs::Prepare in matmul.cc. `rows` of them lie side by side in each entry.
@@ -78,9 +81,9 @@ struct KernelTable {
   MinimumFn minimum[kMostRows];
   SubMinimumFn sub_minimum[kMostRows];
   UnpackFn unpack[kForms];
-  // float panel [32 * steps, 16] of 8-bit codes; then its product.
-  void (*dequantize)(const uint8_t* codes, int64_t steps, const float* scale, const float* minimum, int bias,
-                     int halves, float* panel);
+  // float panel [32 * steps, 16] of codes in bytes; then its product.
+  void (*dequantize[kForms])(const uint8_t* codes, const float* values, int64_t steps, const float* scale,
+                             const float* minimum, int bias, int halves, float* panel);
   void (*panel_product[kMostRows])(const float* panel, int64_t columns, const Rows&, float* sums);
   // One step of one row: 32 floats (fewer at the end of a row) to int8, their scale, and the sums of both halves.
   void (*quantize)(const float* x, int8_t* q, float* scale, int32_t* sums);

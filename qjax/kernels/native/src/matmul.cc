@@ -50,6 +50,10 @@ int SubBytes(int kind) {
 
 CodeForm FormOf(const qjax_weight& w) {
   const int low = w.width[0], high = w.plane_count > 1 ? w.width[1] : 0;
+  if (w.value_kind != QJAX_INTEGERS) {
+    if (low != (w.value_kind == QJAX_VALUES ? 4 : 8) || high != 0) return kForms;
+    return w.value_kind == QJAX_E4M3 ? kFormE4m3 : w.value_kind == QJAX_E5M2 ? kFormE5m2 : kFormValues;
+  }
   if (low == 8 && high == 0) return kForm8;
   if (low == 4 && high == 0) return w.has_table ? kForm4Table : kForm4;
   if (low == 4 && high == 1) return kForm4And1;
@@ -251,7 +255,7 @@ struct Job {
   }
 
   Codes CodesAt(int64_t tile, int64_t step) const {
-    Codes codes{{nullptr, nullptr}, table};
+    Codes codes{{nullptr, nullptr}, table, w->values};
     for (int p = 0; p < w->plane_count; ++p) {
       codes.plane[p] = w->plane[p] + (tile * steps + step) * 64 * w->width[p];
     }
@@ -274,6 +278,7 @@ struct Job {
         if (minimum) memcpy(low + s * kLanes, some_low + from, kLanes * sizeof(float));
       }
     }
+    for (int64_t i = 0; form == kFormE4m3 && i < n * each * kLanes; ++i) scale[i] *= 256;
     const int extra = in.int8 ? 0 : Bias(*w) - Offset(*w);
     for (int64_t i = 0; extra != 0 && i < n * each * kLanes; ++i) low[i] += scale[i] * static_cast<float>(extra);
   }
@@ -301,10 +306,9 @@ struct Job {
       }
       if (end < last) continue;
       const int64_t at = (tile * groups + group) * kLanes;
-      const bool half = w->scale_kind == QJAX_F16;
-      const ScalesAt scale{half ? nullptr : static_cast<const float*>(w->scale) + at,
-                           half ? static_cast<const uint16_t*>(w->scale) + at : nullptr, nullptr,
-                           w->zero == nullptr ? nullptr : w->zero + at, 0};
+      alignas(64) float by[kLanes];
+      in.table->scales(*w, groups, tile, group, 1, by, nullptr);
+      const ScalesAt scale{by, nullptr, nullptr, w->zero == nullptr ? nullptr : w->zero + at, 0};
       in.table->scale_dots(rows, scale, Taken(in, as), start + first * groups + group * rows, dots, sums);
     }
   }
@@ -397,12 +401,12 @@ struct Job {
         if (!in.tokens) Read(in, begin + i, step, n, &read[i]);
         packed[i] = CodesAt(begin + i, step);
         auto* bytes = in.int8 ? reinterpret_cast<uint8_t*>(panel_of(i)) : codes;
-        if (form != kForm8) {
+        if (w->width[0] < 8) {
           in.table->unpack[form](packed[i], n, bytes);
           packed[i].plane[0] = bytes;
         }
         if (!in.int8) {
-          in.table->dequantize(packed[i].plane[0], n, read[i].scale, minimum ? read[i].low : nullptr, Bias(*w), halves,
+          in.table->dequantize[form](packed[i].plane[0], w->values, n, read[i].scale, minimum ? read[i].low : nullptr, Bias(*w), halves,
                                panel_of(i));
         }
       }
@@ -430,7 +434,7 @@ constexpr int64_t kMostWeights = 8;
 
 // Whether QJAX_TOKENS serves the weight.
 bool SumsWhole(const qjax_weight& w) {
-  return w.scale_kind <= QJAX_F32 && w.minimum == nullptr && !Halves(w) && w.group_size <= QJAX_MOST_SUMMED;
+  return SubBytes(w.scale_kind) == 0 && w.minimum == nullptr && !Halves(w) && w.group_size <= QJAX_MOST_SUMMED;
 }
 
 // Tiles of a task of few rows of x.
@@ -451,7 +455,8 @@ extern "C" int64_t qjax_plane_bytes(const qjax_weight* w, int plane) {
 
 extern "C" int64_t qjax_scale_bytes(const qjax_weight* w) {
   if (SubBytes(w->scale_kind)) return Tiles(*w) * (w->columns / kSuperBlock) * kLanes * 2;
-  return Tiles(*w) * Groups(*w) * kLanes * (w->scale_kind == QJAX_E8M0 ? 1 : w->scale_kind == QJAX_F32 ? 4 : 2);
+  const bool bytes = w->scale_kind == QJAX_E8M0 || w->scale_kind == QJAX_PACKED;
+  return Tiles(*w) * Groups(*w) * kLanes * (bytes ? 1 : w->scale_kind == QJAX_F32 ? 4 : 2);
 }
 
 extern "C" int64_t qjax_sub_bytes(const qjax_weight* w) {
@@ -465,7 +470,15 @@ extern "C" const char* qjax_check(const qjax_weight* w) {
   if (w->plane_count < 1 || w->plane_count > 2 || FormOf(*w) == kForms) return "no such planes";
   if (w->has_table && FormOf(*w) != kForm4Table) return "a table is for codes of 4 bits";
   if (w->offset < 0 || w->offset > 255 || (w->has_table && w->offset != 0)) return "no such offset";
-  if (w->scale_kind < QJAX_F16 || w->scale_kind > QJAX_IQ4_XS) return "no such kind of scale";
+  if (w->scale_kind < QJAX_F16 || w->scale_kind > QJAX_PACKED) return "no such kind of scale";
+  if (w->value_kind < QJAX_INTEGERS || w->value_kind > QJAX_VALUES) return "no such kind of value";
+  if (w->value_kind != QJAX_INTEGERS && (w->has_table || w->offset != 0 || w->minimum != nullptr || w->zero != nullptr)) {
+    return "floats have scales alone";
+  }
+  if (w->scale_kind == QJAX_PACKED && (w->scale_table == nullptr || w->super_scale == nullptr || w->start == nullptr ||
+                                       w->supers < 1 || w->scale_block < 1)) {
+    return "packed scales without what they are packed by";
+  }
   const int64_t g = w->group_size;
   if (g != 16 && (g < 1 || g % kStep != 0) && g != w->columns) return "groups of 16, of a multiple of 32, or one a row";
   if (SubBytes(w->scale_kind)) {
@@ -476,7 +489,7 @@ extern "C" const char* qjax_check(const qjax_weight* w) {
     if (needs != (w->minimum != nullptr)) return needs ? "a minimum is missing" : "a minimum that nothing uses";
     if (w->zero != nullptr) return "zeros that nothing uses";
   }
-  if (w->scale_kind == QJAX_E8M0 && w->minimum != nullptr) return "a minimum that nothing uses";
+  if ((w->scale_kind == QJAX_E8M0 || w->scale_kind == QJAX_PACKED) && w->minimum != nullptr) return "a minimum that nothing uses";
   if (w->scale == nullptr || w->plane[0] == nullptr || (w->plane_count == 2 && w->plane[1] == nullptr)) {
     return "data is missing";
   }
@@ -492,6 +505,7 @@ extern "C" int qjax_matmul(const qjax_weight* w, int64_t count, const qjax_input
   const bool tokens = input->rounding == QJAX_TOKENS;
   for (int64_t i = 0; i < count; ++i) {
     if (qjax_check(&w[i]) != nullptr || w[i].columns != w[0].columns || (tokens && !SumsWhole(w[i]))) return 1;
+    if (input->rounding != QJAX_FLOATS && w[i].value_kind != QJAX_INTEGERS) return 1;
   }
   if (m == 0) return 0;
 

@@ -107,6 +107,30 @@ inline F Column(U8 codes) {
   return {Column8<c>(codes.a), Column8<c>(codes.b)};
 }
 
+template <int c, int right, int mask>
+inline __m256 Float8Of8(__m256i codes) {
+  const __m256i left = c == 3 ? codes : _mm256_slli_epi32(codes, 24 - 8 * c);
+  const __m256i half = _mm256_and_si256(_mm256_srai_epi32(left, 16 + right), _mm256_set1_epi32(mask));
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+// Column c's byte of each lane as the highest bits of float16, `right` bits further down.
+template <int c, int right, int mask>
+inline F Float8(U8 codes) {
+  return {Float8Of8<c, right, mask>(codes.a), Float8Of8<c, right, mask>(codes.b)};
+}
+// The float at the place that column c's 4 bits name.
+template <int c>
+inline __m256 LookFloat8(F values, __m256i codes) {
+  const __m256i place = _mm256_srli_epi32(codes, 8 * c);
+  // The fourth bit, as a sign, chooses between the halves.
+  const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(place, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.a, place), _mm256_permutevar8x32_ps(values.b, place), high);
+}
+template <int c>
+inline F LookFloat(F values, U8 codes) {
+  return {LookFloat8<c>(values, codes.a), LookFloat8<c>(values, codes.b)};
+}
+
 inline __m128i Load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline F LoadHalf(const uint16_t* p) { return {_mm256_cvtph_ps(Load128(p)), _mm256_cvtph_ps(Load128(p + 8))}; }
 inline __m256 Bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }

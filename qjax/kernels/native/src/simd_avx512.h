@@ -52,6 +52,19 @@ inline F Column(U8 codes) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(left, 24));
 }
 
+// Column c's byte of each lane as the highest bits of float16, `right` bits further down.
+template <int c, int right, int mask>
+inline F Float8(U8 codes) {
+  const I left = c == 3 ? codes : _mm512_slli_epi32(codes, 24 - 8 * c);
+  const I half = _mm512_and_si512(_mm512_srai_epi32(left, 16 + right), _mm512_set1_epi32(mask));
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+}
+// The float at the place that column c's 4 bits name.
+template <int c>
+inline F LookFloat(F values, U8 codes) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * c), values);
+}
+
 inline F LoadHalf(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline F LoadBf16(const uint16_t* p) {
   const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

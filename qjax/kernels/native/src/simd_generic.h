@@ -87,6 +87,20 @@ inline F LoadHalf(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) v[i] = HalfToFloat(p[i]);
   return v;
 }
+// Column c's byte of each lane as the highest bits of float16, `right` bits further down.
+template <int c, int right, int mask>
+inline F Float8(U8 codes) {
+  F v;
+  for (int i = 0; i < 16; ++i) v[i] = HalfToFloat(((static_cast<int8_t>(codes[4 * i + c]) * 256) >> right) & mask);
+  return v;
+}
+// The float at the place that column c's 4 bits name.
+template <int c>
+inline F LookFloat(F values, U8 codes) {
+  F v;
+  for (int i = 0; i < 16; ++i) v[i] = values[codes[4 * i + c] & 15];
+  return v;
+}
 inline F LoadBf16(const uint16_t* p) {
   float out[16];
   for (int i = 0; i < 16; ++i) {

@@ -86,6 +86,30 @@ inline F Column(U8 codes) {
   });
 }
 
+// Column c's byte of each lane as the highest bits of float16, `right` bits further down.
+template <int c, int right, int mask>
+inline F Float8(U8 codes) {
+  return Each<F>([&](int i) {
+    int32x4_t v = vreinterpretq_s32_u8(codes.v[i]);
+    if constexpr (c < 3) v = vshlq_n_s32(v, 24 - 8 * c);
+    const uint32x4_t half = vandq_u32(vreinterpretq_u32_s32(vshrq_n_s32(v, 16 + right)), vdupq_n_u32(mask));
+    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(half)));
+  });
+}
+// The float at the place that column c's 4 bits name.
+template <int c>
+inline F LookFloat(F values, U8 codes) {
+  const uint8x16x4_t table = {{vreinterpretq_u8_f32(values.v[0]), vreinterpretq_u8_f32(values.v[1]),
+                               vreinterpretq_u8_f32(values.v[2]), vreinterpretq_u8_f32(values.v[3])}};
+  return Each<F>([&](int i) {
+    uint32x4_t place = vreinterpretq_u32_u8(codes.v[i]);
+    if constexpr (c > 0) place = vshrq_n_u32(place, 8 * c);
+    // Four bytes of each place.
+    place = vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(place, vdupq_n_u32(15)), 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(place)));
+  });
+}
+
 inline F LoadHalf(const uint16_t* p) {
   return Each<F>([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
