@@ -15,6 +15,8 @@ _PUBLIC = {
     "convert": "qjax.api",
     "load": "qjax.api",
     "save": "qjax.api",
+    "push_to_hub": "qjax.api",
+    "Recipe": "qjax.formats.huggingface.card",
     "quantizer": "qjax.api",
     "RTN": "qjax.calibrate.recipes",
     "INT8": "qjax.calibrate.recipes",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from qjax.api import Model as Model
     from qjax.api import convert as convert
     from qjax.api import load as load
+    from qjax.api import push_to_hub as push_to_hub
     from qjax.api import quantizer as quantizer
     from qjax.api import save as save
     from qjax.arrays.memory import memory as memory
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from qjax.calibrate.recipes import Learned as Learned
     from qjax.calibrate.recipes import SmoothQuant as SmoothQuant
     from qjax.evaluate.perplexity import perplexity as perplexity
+    from qjax.formats.huggingface.card import Recipe as Recipe
     from qjax.kernels import explain as explain
     from qjax.kernels import qmatmul as qmatmul
     from qjax.kernels import qtake as qtake

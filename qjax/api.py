@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qjax.formats.huggingface.card import Recipe
 from qjax.formats.huggingface.parts import Found
 from qjax.formats.huggingface.writer import SHARD_BYTES
 from qjax.formats.locate import locate
+from qjax.formats.push import push_folder
 from qjax.formats.source import Source, open_source
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
@@ -285,6 +287,32 @@ def save(
     metadata = rewrite.with_file_type(model.metadata, {t.name: (t.type, t.shape) for t in tensors})
     write_gguf(path, metadata, tensors, metadata_types=model.metadata_types)
     return Path(path)
+
+
+def push_to_hub(
+    model: Model | str | Path,
+    repo_id: str,
+    format: str = "gguf",
+    *,
+    private: bool = False,
+    message: str | None = None,
+    **options: Any,
+) -> str:
+    """Upload a model to the Hugging Face Hub, by the token in HF_TOKEN or of `hf auth login`; returns where it is.
+
+    Args:
+      model: a folder or file that `save` wrote, or a model, which is saved in `format` first; `options` are `save`'s.
+      repo_id: "owner/name"; made if there is none, `private` or not. message: of the commit.
+
+    Raises:
+      QjaxError: see `save` and `push_folder`.
+    """
+    if not isinstance(model, Model):
+        return push_folder(model, repo_id, private=private, message=message)
+    with tempfile.TemporaryDirectory() as folder:
+        name = repo_id.rpartition("/")[2].partition("@")[0] or "model"
+        path = save(model, Path(folder) / (f"{name}.gguf" if format == "gguf" else name), format, **options)
+        return push_folder(path, repo_id, private=private, message=message)
 
 
 def convert(

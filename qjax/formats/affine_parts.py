@@ -1,5 +1,6 @@
 """A packed weight taken apart into what affine formats store: codes, scales, zero points, order of columns."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +77,13 @@ def plain_shapes(array: Any) -> Any:
     array = _whole(array)
     if isinstance(array, TransformedArray):
         return array.replace(inner=plain_shapes(array.inner))  # pyright: ignore[reportAttributeAccessIssue]
+    leaves, tree = jax.tree.flatten(array)
+    return _plain_shapes(tree, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_shapes(tree: Any, leaves: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]) -> Any:
+    array = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     return jax.eval_shape(lambda a: a.plain() if isinstance(a, QuantizedArray) else a, array)
 
 

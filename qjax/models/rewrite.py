@@ -21,6 +21,7 @@ from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.pieces import Resume, fingerprint
 from qjax.formats.source import Source
+from qjax.models.exact import kept_bytes, kept_types
 from qjax.models.load import checked_config, read_array, warn_kept
 from qjax.quantizers.ggml import TYPES as ENCODED
 from qjax.quantizers.ggml import Effort, encode
@@ -124,19 +125,24 @@ def check_encoders(source: Source, tensors: list[Planned]) -> None:
 def plan_plain(source: Source, type_name: str) -> list[Planned]:
     """Every float matrix to one type; a warning names those that are quantized already and stay.
 
+    Those that are packed as no ggml type is become floats if the type is one of floats.
+
     Raises:
-      QjaxError: an unknown type, or all matrices are quantized already.
+      QjaxError: an unknown type, or all matrices are quantized already, or in a way that GGUF has no type for.
     """
     wanted = plain_type(type_name)
-    check_quantizable(source)
-    types = {}
+    floats = wanted in FLOAT_TYPES
+    if not (floats and source.found):
+        check_quantizable(source)
+    types, kept = {}, []
     for name, info in source.tensors.items():
-        types[name] = info.type
-        if len(info.shape) == 2 and info.type in FLOAT_TYPES:
+        if len(info.shape) == 2 and (info.type in FLOAT_TYPES or (floats and name in source.found)):
             types[name] = whole_rows(name, info.shape, wanted)
-        elif len(info.shape) == 2:
-            warn_kept(name, info.type)
-    return planned(source, types)
+        else:
+            kept.append(name)
+            if len(info.shape) == 2:
+                warn_kept(name, info.type)
+    return planned(source, types | kept_types(source, kept))
 
 
 def plan_mix(source: Source, wish: Wish, *, requantize: bool = False) -> list[Planned]:
@@ -213,6 +219,8 @@ def rewrite(
 def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort) -> np.ndarray:
     if tensor.target == tensor.source:
         return source.raw(tensor.name)
+    if tensor.name in source.found and (kept := kept_bytes(source, tensor.name, tensor.target)) is not None:
+        return kept
     if tensor.source in FLOAT_TYPES:
         w = source.raw(tensor.name).view(FLOAT_TYPES[tensor.source])
     else:
@@ -240,13 +248,14 @@ def convert(
     """Write a source as it is, or with every float matrix in a plain type; see `rewrite`.
 
     Raises:
-      QjaxError: see `plan_plain` and `rewrite`.
+      QjaxError: see `kept_types`, `plan_plain` and `rewrite`.
     """
     if quantize is None:
-        tensors = planned(source, {name: info.type for name, info in source.tensors.items()})
-        metadata = source.metadata
+        tensors = planned(source, kept_types(source, source.tensors))
     else:
         tensors = plan_plain(source, quantize)
+    metadata = source.metadata
+    if quantize is not None or source.found:
         metadata = with_file_type(source.metadata, {t.name: (t.target, t.shape) for t in tensors})
     types = source.metadata_types
     return rewrite(source, target, tensors, metadata=metadata, metadata_types=types, output=output, progress=progress)

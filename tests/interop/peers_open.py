@@ -39,6 +39,10 @@ def opened(folder: Path) -> Any:
         return unpacked_awq(folder, quantization["group_size"])
     options: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
     if quantization["quant_method"] == "gptq":
+        from auto_round.inference.backend import BackendInfos
+
+        # It unpacks zero points as well, but is not listed for them.
+        BackendInfos["auto_round:torch_zp"].sym = [True, False]
         options["quantization_config"] = AutoRoundConfig(backend="torch")
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from qjax.arrays import AffineArray, affine
 from qjax.errors import FormatError, UnsupportedError
-from qjax.formats.affine_parts import SCALES, affine_parts, half_scales, plain_numpy, zero_or_none
+from qjax.formats.affine_parts import SCALES, AffineParts, affine_parts, half_scales, plain_numpy, zero_or_none
 from qjax.formats.huggingface.words import checked, pack_words, unpack_words
 
 BITS = 4
@@ -91,13 +91,7 @@ def write(array: Any, facts: AWQFacts) -> dict[str, np.ndarray]:
       UnsupportedError: what AWQ does not hold.
     """
     parts = affine_parts(plain_numpy(array), "AWQ")
-    (out, columns), order = parts.shape, parts.group_order()
-    if parts.bits != BITS:
-        raise UnsupportedError(f"AWQ has codes of 4 bits, not those of {array!r}")
-    if order is None:
-        raise UnsupportedError("AWQ has columns in their own order alone: save as gptq, or quantize without act-order")
-    if out % _IN_WORD or columns % _IN_WORD:
-        raise UnsupportedError(f"AWQ packs 8 rows and columns together, which {out}x{columns} is not made of")
+    columns, order = parts.shape[1], check(parts)
     codes, zeros, scale = parts.codes(), parts.zeros[:, order], half_scales(parts.array.scale, "AWQ")[:, order]
     if facts.version == "gemm":
         codes, zeros, scale = _by_eights(codes.T, _ORDER), _by_eights(zeros.T, _ORDER), scale.T
@@ -109,6 +103,19 @@ def write(array: Any, facts: AWQFacts) -> dict[str, np.ndarray]:
         "qzeros": pack_words(zeros, BITS),
         "scales": np.ascontiguousarray(scale),
     }
+
+
+def check(parts: AffineParts) -> np.ndarray:
+    """The order of groups; UnsupportedError for what AWQ does not hold; `parts` may be of shapes alone."""
+    out, columns = parts.shape
+    if parts.bits != BITS:
+        raise UnsupportedError(f"AWQ has codes of 4 bits, not of {parts.bits}")
+    if out % _IN_WORD or columns % _IN_WORD:
+        raise UnsupportedError(f"AWQ packs 8 rows and columns together, which {out}x{columns} is not made of")
+    order = parts.group_order()
+    if order is None:
+        raise UnsupportedError("AWQ has columns in their own order alone: save as gptq, or quantize without act-order")
+    return order
 
 
 def _by_eights(codes: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ class Recipe(NamedTuple):
     """How a model was quantized, in words; what is not known is left out.
 
     base: the model that it was made from. method: "GPTQ(percdamp=0.01)". rules: in their order. calibration: the text,
-    its samples and their length. measured: a figure by its name ("perplexity", "KL divergence"). log: a note a matrix.
+    its samples and their length. measured: a figure by its name ("perplexity", "KL divergence").
     """
 
     base: str = ""

@@ -15,8 +15,8 @@ from qjax.formats.huggingface.config import Config
 from qjax.formats.huggingface.metadata import rope_factors
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of the models that there are.
-_LLAMA3_SCALINGS = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 1.0, 4.0, 8192), (16.0, 1.0, 4.0, 8192))
+# Llama 3's scaling as all models have it, and the contexts that one may have been trained on first.
+_LOW, _HIGH, _CONTEXTS = 1.0, 4.0, tuple(1 << i for i in range(5, 20))
 _BIASED = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -64,8 +64,10 @@ def config_of(
         "tie_word_embeddings": "lm_head.weight" not in names,
         "use_cache": True,
     }
-    for role in ("bos", "eos"):
-        config[f"{role}_token_id"] = metadata.get(f"tokenizer.ggml.{role}_token_id")
+    for role, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if i is not None or role in ("bos", "eos"):
+            config[f"{role}_token_id"] = i
     if window is not None or mistral:
         config["sliding_window"] = window
     if window is not None and not mistral:
@@ -98,12 +100,14 @@ def shortest(number: float) -> float:
 
 
 def _llama3_scaling(config: dict[str, Any], factors: Float32[np.ndarray, " half"]) -> dict[str, Any]:
-    for factor, low, high, context in _LLAMA3_SCALINGS:
+    # Long waves are divided by the whole factor.
+    factor = shortest(float(factors.max()))
+    for context in _CONTEXTS:
         scaling = {
             "rope_type": "llama3",
             "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
+            "low_freq_factor": _LOW,
+            "high_freq_factor": _HIGH,
             "original_max_position_embeddings": context,
         }
         values = {**config, "rope_scaling": scaling}

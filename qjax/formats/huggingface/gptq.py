@@ -27,7 +27,7 @@ from jaxtyping import Int32, Integer, UInt8
 
 from qjax.arrays import AffineArray, TransformedArray, affine
 from qjax.errors import FormatError, UnsupportedError
-from qjax.formats.affine_parts import SCALES, affine_parts, half_scales, plain_numpy, zero_or_none
+from qjax.formats.affine_parts import SCALES, AffineParts, affine_parts, half_scales, plain_numpy, zero_or_none
 from qjax.formats.huggingface.words import checked, pack_words, unpack_words, words_for
 
 BITS = (2, 3, 4, 8)
@@ -90,11 +90,9 @@ def write(array: Any, facts: GPTQFacts) -> dict[str, np.ndarray]:
     """
     parts = affine_parts(plain_numpy(array), "GPTQ")
     bits, zeros = parts.bits, parts.zeros
+    check(parts)
     if bits != facts.bits:
         raise UnsupportedError(f"GPTQ of {facts.bits} bits cannot hold {array!r}")
-    out, columns = parts.shape
-    if columns % 32 or out % 32:
-        raise UnsupportedError(f"GPTQ packs 32 rows and columns together, which {out}x{columns} is not made of")
     if facts.version == 1 and not (zeros > 0).all():
         raise UnsupportedError(
             "GPTQ version 1 stores zero points less 1, and readers differ on those of 0, as here: save as gptq_v2"
@@ -106,6 +104,14 @@ def write(array: Any, facts: GPTQFacts) -> dict[str, np.ndarray]:
         "scales": np.ascontiguousarray(half_scales(parts.array.scale, "GPTQ").T),
         "g_idx": parts.group_of_columns(),
     }
+
+
+def check(parts: AffineParts) -> None:
+    """UnsupportedError for shapes that GPTQ does not hold; `parts` may be of shapes alone."""
+    GPTQFacts(parts.bits)
+    out, columns = parts.shape
+    if columns % 32 or out % 32:
+        raise UnsupportedError(f"GPTQ packs 32 rows and columns together, which {out}x{columns} is not made of")
 
 
 def zero_points(

@@ -108,7 +108,7 @@ class GPTQTarget(NamedTuple):
 
     def specs(self, module: str, array: Any) -> list[TensorSpec]:
         parts = affine_parts(plain_shapes(array), "GPTQ")
-        gptq.GPTQFacts(parts.bits)
+        gptq.check(parts)
         (out, columns), groups = parts.shape, parts.groups
         sizes: Sizes = {
             "qweight": (np.int32, (words_for(columns, parts.bits), out)),
@@ -162,6 +162,7 @@ class AWQTarget(NamedTuple):
 
     def specs(self, module: str, array: Any) -> list[TensorSpec]:
         parts = affine_parts(plain_shapes(array), "AWQ")
+        awq.check(parts)
         (out, columns), groups = parts.shape, parts.groups
         sizes: Sizes = {
             "qweight": (np.int32, (columns, out // 8)),

@@ -18,20 +18,23 @@ from qjax.formats.huggingface.pretokenizers import pre_tokenizer_json
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _NORMAL, _UNKNOWN, _CONTROL = gguf.TokenType.NORMAL, gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL
 _USER_DEFINED, _UNUSED = gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED
+_TEMPLATE = "tokenizer.chat_template"
 _BPE = 2
+# Of a token that was added to a vocabulary.
+_ADDED_SCORE = -1000.0
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """Contents by names of files; with a warning that says what is missing, none where they cannot be made."""
     model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-    config = json.dumps(_tokenizer_config(metadata), indent=2, ensure_ascii=False).encode()
+    config = lambda: json.dumps(_tokenizer_config(metadata), indent=2, ensure_ascii=False).encode()
     if model == "llama" and tokens and "tokenizer.ggml.scores" in metadata:
-        return {"tokenizer.model": _sentencepiece(metadata), "tokenizer_config.json": config}
+        return {"tokenizer.model": _sentencepiece(metadata), "tokenizer_config.json": config()}
     if model == "gpt2" and tokens:
         steps = pre_tokenizer_json(str(metadata.get("tokenizer.ggml.pre", "")))
         if steps is not None:
             made = json.dumps(_by_merges(metadata, *steps), indent=1, ensure_ascii=False).encode()
-            return {"tokenizer.json": made, "tokenizer_config.json": config}
+            return {"tokenizer.json": made, "tokenizer_config.json": config()}
     kind = f"{model!r}" + (f" ({metadata.get('tokenizer.ggml.pre')!r})" if model == "gpt2" else "")
     warnings.warn(
         f"tokenizer.json and tokenizer_config.json are missing: GGUF's tokenizer {kind} cannot be put in them without "
@@ -62,16 +65,23 @@ def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"legacy": True, "add_prefix_space": bool(metadata.get("tokenizer.ggml.add_space_prefix", True))}
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     found |= {"model_max_length": context, "clean_up_tokenization_spaces": False}
-    if isinstance(metadata.get("tokenizer.chat_template"), str):
-        found["chat_template"] = metadata["tokenizer.chat_template"]
+    templates = {key.removeprefix(_TEMPLATE).lstrip("."): text for key, text in metadata.items() if _is_template(key)}
+    if templates.keys() == {""}:
+        found["chat_template"] = templates[""]
+    elif templates:
+        found["chat_template"] = [{"name": name or "default", "template": t} for name, t in templates.items()]
     if llama:
-        # What SentencePiece itself would never make of text.
-        decoder = {}
-        for i, (text, kind) in enumerate(zip(tokens, _types(metadata), strict=True)):
-            if kind in (_USER_DEFINED, _CONTROL, _UNKNOWN):
-                decoder[str(i)] = _added(text, special=kind != _USER_DEFINED)
+        # What was added to SentencePiece's own.
+        scores, decoder = metadata["tokenizer.ggml.scores"], {}
+        for i, (text, kind, score) in enumerate(zip(tokens, _types(metadata), scores, strict=True)):
+            if kind == _USER_DEFINED or (kind == _CONTROL and score == _ADDED_SCORE):
+                decoder[str(i)] = _added(text, special=kind == _CONTROL)
         found["added_tokens_decoder"] = decoder
     return found
+
+
+def _is_template(key: str) -> bool:
+    return key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
 
 
 def _added(text: str, *, special: bool) -> dict[str, Any]:
