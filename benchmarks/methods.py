@@ -3,8 +3,8 @@
     python benchmarks/methods.py MODEL --data calibration.txt --text heldout.txt --methods rtn,awq --schemes w4g128,w8
 
 A method is its module's name in qjax.calibrate.methods, with options of its dataclass after colons:
-"awq:clip=False:grid=10". With a seed the calibration samples are drawn from all of the text, else they are its first
-ones. All are compared with the first method by a paired bootstrap over the text's chunks.
+"awq:clip=False:n_grid=10", "learned:steps=40:start=rtn". With a seed the calibration samples are drawn from all of the
+text, else they are its first ones. All are compared with the first method by a paired bootstrap over the text's chunks.
 """
 
 import argparse
@@ -40,7 +40,10 @@ def method_of(text: str) -> Method:
     kinds = [kind for key, kind in vars(module).items() if key.lower() == name and dataclasses.is_dataclass(kind)]
     if len(kinds) != 1:
         raise SystemExit(f"qjax.calibrate.methods.{name} has no method of that name")
-    return kinds[0](**{key: _value(value) for key, value in (option.split("=", 1) for option in options)})
+    found = {key: _value(value) for key, value in (option.split("=", 1) for option in options)}
+    if "start" in found:
+        found["start"] = method_of(found["start"])
+    return kinds[0](**found)
 
 
 def _value(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from qjax.arrays import Scheme, TransformedArray
 from qjax.arrays.scheme import codes_of
 from qjax.quantizers.gptq import gptq
+from qjax.quantizers.rtn import rtn
 
 
 def layer(seed: int, out: int = 24, columns: int = 64, tokens: int = 256) -> tuple[Any, Any]:
@@ -104,3 +106,98 @@ def test_codes_are_those_of_the_published_algorithm(
         true = published(np.asarray(W), np.asarray(H), scheme, blocksize=blocksize, percdamp=0.01, **options)
         same.append((codes == true).mean())
     assert np.mean(same) > 0.995
+
+
+def test_gptq_has_the_worse_weights_and_the_better_products() -> None:
+    for seed in range(4):
+        W, H = layer(seed)
+        ours, nearest = gptq(W, H, Scheme(3, 32)).array, rtn(W, Scheme(3, 32))
+        assert error(W, H, ours) < 0.8 * error(W, H, nearest)
+        assert error(W, jnp.eye(64), ours) > error(W, jnp.eye(64), nearest)
+
+
+def test_act_order_lowers_the_mean_error_of_the_products() -> None:
+    pairs = []
+    for seed in range(30):
+        W, H = layer(seed)
+        pairs.append([error(W, H, gptq(W, H, Scheme(3, 32), act_order=order).array) for order in (False, True)])
+    plain, ordered = np.transpose(pairs)
+    assert np.mean(np.log(ordered / plain)) < -0.05
+
+
+def test_searched_grids_lower_the_error_of_the_products() -> None:
+    pairs = []
+    for seed in range(4):
+        W, H = layer(seed)
+        pairs.append([error(W, H, gptq(W, H, Scheme(2, 32), mse=mse).array) for mse in (False, True)])
+    assert np.mean(np.log(np.divide(*np.transpose(pairs)))) > 0.2
+
+
+@pytest.mark.parametrize("static_groups", [True, False])
+def test_layers_side_by_side_are_those_one_by_one(static_groups: bool) -> None:
+    """But for what a sum's order does to weights between two codes."""
+    Ws, Hs = (jnp.stack(parts) for parts in zip(*(layer(seed) for seed in range(3)), strict=True))
+    scheme = Scheme(4, 32, symmetric=False)
+    together = gptq(Ws[None], Hs[None], scheme, static_groups=static_groups).array
+    assert together.shape == (1, *Ws.shape)
+    for i in range(3):
+        alone = gptq(Ws[i], Hs[i], scheme, static_groups=static_groups).array
+        mine, inner = alone, jax.tree.map(lambda leaf, i=i: leaf[0, i], together)
+        if not static_groups:
+            assert isinstance(mine, TransformedArray)
+            np.testing.assert_array_equal(inner.columns, mine.columns)
+        assert (np.asarray(inner.dequantize()) == np.asarray(mine.dequantize())).mean() > 0.98
+
+
+def test_scales_are_those_that_codes_were_made_with() -> None:
+    """Stored is used: where no error is handed on, each weight is within half a step of its own."""
+    W, _ = layer(0)
+    array = gptq(W, jnp.eye(64), Scheme(4, 32, symmetric=False), damp=0.0).array
+    assert array.scale.dtype == jnp.float16
+    np.testing.assert_array_equal(codes_of(array), codes_of(rtn(W, Scheme(4, 32, symmetric=False))))
+
+
+def test_groups_are_refitted_to_what_was_handed_on() -> None:
+    """With a group that is as large as a block or a part of it."""
+    W, H = layer(1)
+    static, refitted = (
+        gptq(W, H, Scheme(4, 16), act_order=False, static_groups=static).array for static in (True, False)
+    )
+    np.testing.assert_array_equal(refitted.scale[:, 0], static.scale[:, 0])
+    assert (np.asarray(refitted.scale[:, 1:]) != np.asarray(static.scale[:, 1:])).mean() > 0.5
+
+
+def test_dead_columns_are_rounded_to_nearest() -> None:
+    """And the others as if these were not there."""
+    W, H = layer(2)
+    dead = np.zeros(64, bool)
+    dead[[3, 17, 63]] = True
+    H = jnp.where(dead[:, None] | dead[None], 0, H)
+    scheme = Scheme(4, 64)
+    array = gptq(W, H, scheme).array
+    nearest = rtn(W, scheme)
+    np.testing.assert_array_equal(array.scale, nearest.scale)
+    np.testing.assert_array_equal(codes_of(array)[:, dead], codes_of(nearest)[:, dead])
+    assert (np.asarray(codes_of(array)) != np.asarray(codes_of(nearest)))[:, ~dead].mean() > 0.1
+    np.testing.assert_array_equal(codes_of(gptq(W, 0 * H, scheme).array), codes_of(nearest))
+
+
+def test_damping_grows_where_cholesky_fails() -> None:
+    W, H = layer(3)
+    assert gptq(W, H, Scheme(4, 32)).damp == jnp.float32(0.01)
+    # As much below zero as a tenth of the mean.
+    values, vectors = np.linalg.eigh(np.asarray(H, np.float64))
+    values[0] = -0.02 * values.mean()
+    indefinite = jnp.asarray(((vectors * values) @ vectors.T).astype(np.float32))
+    found = gptq(W, indefinite, Scheme(4, 32))
+    assert found.damp == pytest.approx(0.1)
+    assert error(W, H, found.array) < error(W, H, rtn(W, Scheme(4, 32)))
+    assert gptq(W, indefinite, Scheme(4, 32), damp=0.0).damp > 0
+
+
+def test_the_program_does_not_grow_with_the_columns() -> None:
+    def size(columns: int) -> int:
+        spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        return len(gptq.lower(spec(16, columns), spec(columns, columns), Scheme(4, 32)).as_text().splitlines())
+
+    assert size(4096) <= size(512)
