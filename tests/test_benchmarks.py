@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qjax.arrays import memory
+from qjax.calibrate.methods.awq import AWQ
 from qjax.evaluate.shapes import llama
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -186,3 +187,11 @@ def test_report_of_activations(activations: ModuleType) -> None:
     assert "| q4_0 | 10.00 | 20.00 | 0.50x |" in text
     assert "| 50.00 % | 50.00 % |" in text
     assert text.endswith("of int8's speed): int8")
+
+
+def test_methods_by_name() -> None:
+    methods = script("methods")
+    assert repr(methods.method_of("awq:clip=False:n_grid=10")) == repr(AWQ(clip=False, n_grid=10))
+    assert methods.method_of("smoothquant:alpha=None").alpha is None
+    with pytest.raises(SystemExit, match="no method"):
+        methods.method_of("pairs")

@@ -10,7 +10,7 @@ differ from the reference:
 - The error of the products is taken over all calibration tokens by their second moments, not over a sample.
 - No scaling at all is among the candidates, so that the error is never above that of rounding to nearest.
 - Clipping tries shares of the range in steps half as wide, a little more than all of it too, and then each end of an
-  asymmetric range by itself. It does so for queries and keys as well: with moments of all tokens that helped.
+  asymmetric range by itself.
 - The scale is searched first, with ranges as they are: searching both at once lowered the error by 1 % more, in ten
   times the time.
 """
@@ -66,22 +66,27 @@ def candidate_scales(
     n_grid: int = N_GRID,
     duo_scaling: bool = True,
 ) -> Float32[Array, "n in"]:
-    """The scale of each ratio i / n_grid. A column without activations is left as it is.
+    """The scale of each ratio i / n_grid. Columns without activations are left as they are, and
+    what is tied to them.
 
     Args:
       ties: columns with the same number get the same scale, the geometric mean of theirs; None for all free.
       duo_scaling: else s = x_mean**ratio.
     """
     ratio = (jnp.arange(n_grid, dtype=jnp.float32) / jnp.float32(n_grid))[:, None]
+    if ties is not None:
+        x_mean = tied(x_mean, ties)
     x_mean, w_mean = x_mean[None], w_mean[None]
-    s = x_mean**ratio
+    s, active = x_mean**ratio, x_mean > 0
     if duo_scaling:
         s = s / (w_mean ** (1 - ratio) + jnp.float32(1e-4))
     s = jnp.maximum(s, jnp.float32(1e-4))
     if ties is not None:
         s = jax.vmap(lambda s: tied(s, ties))(s)
-    s = s / jnp.sqrt(s.max(-1, keepdims=True) * s.min(-1, keepdims=True))
-    return jnp.where((x_mean > 0) & jnp.isfinite(s), s, jnp.float32(1))
+    most = jnp.where(active, s, 0).max(-1, keepdims=True)
+    least = jnp.where(active, s, jnp.inf).min(-1, keepdims=True)
+    s = s / jnp.sqrt(most * least)
+    return jnp.where(active & jnp.isfinite(s), s, jnp.float32(1))
 
 
 @partial(jax.jit, static_argnames=("schemes", "n_grid", "duo_scaling"))

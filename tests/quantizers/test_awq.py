@@ -93,7 +93,7 @@ def test_a_planted_outlier_is_scaled_up() -> None:
 
 def test_ties_are_kept_and_silent_columns_left() -> None:
     x, w = layer(2)
-    x[:, [5, 37]] = 0
+    x[:, 5] = 0
     m = input_sums(jnp.asarray(x))
     ties = jnp.tile(jnp.arange(32, dtype=jnp.int32), 2)
     found = search_scale((jnp.asarray(w),), (Scheme(3, 32),), m.absolute / m.tokens, m.second, ties)

@@ -1,14 +1,14 @@
-"""What methods that scale columns share: a block's moments, each pair scaled in turn, then each matrix packed."""
+"""What methods that scale columns share: sums over a block's inputs, its pairs scaled in turn, its matrices packed."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from qjax.arrays import Scheme, TransformedArray
+from qjax.arrays import TransformedArray
 from qjax.arrays.affine import AffineArray
 from qjax.calibrate.blocks import Block, Line, Weights
 from qjax.calibrate.methods.pairs import PAIRS, Pair, fold, foldable, of_rows, ties
@@ -17,8 +17,8 @@ from qjax.quantizers.input_sums import InputSums, both, input_sums, scaled, squa
 # find(pair, float32 matrices that are to be packed, by their names, ties) -> scale of each column (None for ones), and
 # what to say of it.
 Find = Callable[[Pair, dict[str, Any], Any], tuple[Float32[Array, " in"] | None, str]]
-# pack(float32 matrix, scheme, second moments of its scaled inputs) -> packed.
-Pack = Callable[[Any, Scheme, Any], AffineArray]
+# pack(name, its scaled float32 matrix, second moments of its scaled inputs) -> packed.
+Pack = Callable[[str, Any, Any], AffineArray]
 
 
 def _tap(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> InputSums:
@@ -34,10 +34,29 @@ def block_sums(block: Block) -> dict[tuple[str, ...], InputSums]:
     return total
 
 
-def scale_and_pack(
-    block: Block, sums: dict[tuple[str, ...], InputSums], find: Find, pack: Pack, *, folded: bool
-) -> tuple[Weights, list[Line]]:
-    """The block's weights, scaled pair by pair and packed, and a line for each packed one.
+def sample(block: Block) -> Float32[Array, "batch seq hidden"]:
+    """One batch of its inputs, drawn evenly from all."""
+    step = max(len(block.inputs) // block.batch, 1)
+    return jnp.asarray(block.inputs[::step][: block.batch])
+
+
+class Scaled(NamedTuple):
+    """A block's float weights with scaled columns; the rest by the names of the matrices that are to be packed.
+
+    columns: what the inputs are over. kept: those that the packed matrix divides by itself. rows: what its rows are
+    over. notes, seconds: how the scale was found.
+    """
+
+    weights: Weights
+    columns: dict[str, Any]
+    kept: dict[str, Any]
+    rows: dict[str, Any]
+    notes: dict[str, str]
+    seconds: dict[str, float]
+
+
+def scale(block: Block, sums: dict[tuple[str, ...], InputSums], find: Find, *, folded: bool) -> Scaled:
+    """The scales of each pair, one after the other.
 
     Args:
       sums: see `block_sums`.
@@ -45,9 +64,7 @@ def scale_and_pack(
         matrices of the pair keep it as their input scale.
     """
     weights = dict(block.weights)
-    lines = []
-    # By matrix: what its inputs are over, what of that is its own business, what its rows are over.
-    columns, kept, rows, notes, spent = {}, {}, {}, {}, {}
+    columns, kept, rows, notes, seconds = {}, {}, {}, {}, {}
     for pair in PAIRS:
         ours = {name: jnp.asarray(weights[name]).astype(jnp.float32) for name in pair.names if name in block.schemes}
         if not ours:
@@ -55,18 +72,26 @@ def scale_and_pack(
         start = time.perf_counter()
         folds = folded and foldable(weights, pair)
         tied = ties(pair, block.config) if folds else None
-        scale, note = find(pair, ours, None if tied is None else jnp.asarray(tied))
-        if scale is None:
-            scale = jnp.ones_like(sums[pair.names].most)
+        s, note = find(pair, ours, None if tied is None else jnp.asarray(tied))
+        if s is None:
+            s = jnp.ones_like(sums[pair.names].most)
         elif folds:
-            weights = fold(weights, pair, scale, block.config)
-            rows[pair.before] = of_rows(scale, tied)
+            weights = fold(weights, pair, s, block.config)
+            rows[pair.before] = of_rows(s, tied)
         else:
-            weights |= {name: w * scale[None] for name, w in ours.items()}
-            kept |= dict.fromkeys(ours, scale)
-        columns |= dict.fromkeys(ours, scale)
+            weights |= {name: w * s[None] for name, w in ours.items()}
+            kept |= dict.fromkeys(ours, s)
+        columns |= dict.fromkeys(ours, s)
         notes |= dict.fromkeys(ours, note)
-        spent |= dict.fromkeys(ours, (time.perf_counter() - start) / len(ours))
+        seconds |= dict.fromkeys(ours, (time.perf_counter() - start) / len(ours))
+    return Scaled(weights, columns, kept, rows, notes, seconds)
+
+
+def pack_scaled(
+    block: Block, sums: dict[tuple[str, ...], InputSums], found: Scaled, pack: Pack
+) -> tuple[Weights, list[Line]]:
+    """The block's weights with packed matrices, and a line for each of these."""
+    weights, lines = dict(found.weights), []
     for pair in PAIRS:
         for name in pair.names:
             scheme = block.schemes.get(name)
@@ -75,15 +100,15 @@ def scale_and_pack(
                 continue
             start = time.perf_counter()
             w = jnp.asarray(weights[name]).astype(jnp.float32)
-            second = scaled(sums[pair.names].second, columns[name])
-            packed = pack(w, scheme, second)
-            back = rows.get(name, jnp.ones(w.shape[0], jnp.float32))
+            second = scaled(sums[pair.names].second, found.columns[name])
+            packed = pack(name, w, second)
+            back = found.rows.get(name, jnp.ones(w.shape[0], jnp.float32))
             weight_error, output_error = map(float, _lost(packed.dequantize(), w, back, second))
-            took = spent[name] + time.perf_counter() - start
-            lines.append(Line(block.index, name, str(scheme), weight_error, output_error, took, notes[name]))
+            took = found.seconds[name] + time.perf_counter() - start
+            lines.append(Line(block.index, name, str(scheme), weight_error, output_error, took, found.notes[name]))
             rounding = "int8" if scheme.activations == "int8" else None
-            if name in kept or rounding is not None:
-                packed = TransformedArray(packed, input_scale=kept.get(name), rounding=rounding)
+            if name in found.kept or rounding is not None:
+                packed = TransformedArray(packed, input_scale=found.kept.get(name), rounding=rounding)
             weights[name] = packed
     return weights, lines
 

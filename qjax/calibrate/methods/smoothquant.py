@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.calibrate.blocks import Block, Line, Weights
 from qjax.calibrate.methods.pairs import Pair
-from qjax.calibrate.methods.scaling import block_sums, scale_and_pack
+from qjax.calibrate.methods.scaling import block_sums, pack_scaled, sample, scale
 from qjax.errors import QjaxError
 from qjax.quantizers.rtn import rtn
 from qjax.quantizers.smoothquant import ALPHAS, search_alpha, smooth_scale
@@ -42,11 +42,12 @@ class SmoothQuant:
                 w_most = jnp.stack([jnp.abs(w).max(0) for w in stacked]).max(0)
                 return smooth_scale(of.most, w_most, self.alpha, ties), f"alpha {self.alpha:.2f}"
             schemes = tuple(block.schemes[name] for name in ws)
-            found = search_alpha(stacked, schemes, of.most, some[pair.names], ties)
-            chosen = int(found.candidate)
-            return (None, "no scale") if chosen == 0 else (found.scale, f"alpha {ALPHAS[chosen - 1]:.2f}")
+            best = search_alpha(stacked, schemes, of.most, some[pair.names], ties)
+            chosen = int(best.candidate)
+            return (None, "no scale") if chosen == 0 else (best.scale, f"alpha {ALPHAS[chosen - 1]:.2f}")
 
-        return scale_and_pack(block, sums, find, lambda w, scheme, second: rtn(w, scheme), folded=self.fold)
+        found = scale(block, sums, find, folded=self.fold)
+        return pack_scaled(block, sums, found, lambda name, w, second: rtn(w, block.schemes[name]))
 
 
 def _keep(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> Float32[Array, "tokens in"]:
@@ -54,6 +55,5 @@ def _keep(names: tuple[str, ...], x: Float[Array, "batch seq in"]) -> Float32[Ar
 
 
 def _sample(block: Block) -> dict[tuple[str, ...], Any]:
-    """The inputs of its products for one batch of samples, drawn evenly from all."""
-    step = max(len(block.inputs) // block.batch, 1)
-    return block.run(block.weights, jnp.asarray(block.inputs[::step][: block.batch]), _keep)[1]
+    """The inputs of its products for one batch of samples."""
+    return block.run(block.weights, sample(block), _keep)[1]
