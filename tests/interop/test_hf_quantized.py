@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -95,3 +96,69 @@ def test_figures_are_the_peers(
     assert perplexity == pytest.approx(expected["perplexity"], rel=FOLDERS[name][2])
     # Of AutoRound's 4 and 8 bits the peers' own kernels on CPUs round what they multiply: they are further away.
     assert kld == pytest.approx(expected["mean_kld_first_32_chunks"], rel=0.05, abs=3.5e-5)
+
+
+def stored_tensors(path: Path) -> dict[str, np.ndarray]:
+    """What a safetensors file holds, without qjax."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    dtypes = {"I32": np.int32, "I64": np.int64, "I8": np.int8, "F16": np.float16, "F32": np.float32}
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = (start + offset for offset in entry["data_offsets"])
+            found[name] = np.frombuffer(data[first:last], dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return found
+
+
+def bits_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of int32 words along the last axis, lowest bits first, without qjax."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    return stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits))
+
+
+def decoded(tensors: dict[str, np.ndarray], kind: str, bits: int) -> np.ndarray:
+    """float32 [out, in] of a module by the formats' descriptions."""
+    if kind == "gptq":
+        group, scale = tensors["g_idx"], tensors["scales"].astype(np.float32)
+        # As GPTQModel makes version 2 of version 1; of 3 bits field by field.
+        ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}.get(bits, 0)
+        words = (tensors["qzeros"].astype(np.int64) + ones).astype(np.uint32)
+        zero = bits_of(words, bits) + (bits == 3)
+        return (scale[group] * (bits_of(tensors["qweight"].T, bits).T - zero[group])).T
+    if kind == "awq":
+        order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+        codes, zero = (bits_of(tensors[name], 4).reshape(-1, 8)[:, order] for name in ("qweight", "qzeros"))
+        scale = tensors["scales"].astype(np.float32)
+        codes, zero = codes.reshape(-1, scale.shape[1]), zero.reshape(scale.shape)
+        group = np.arange(len(codes)) * len(scale) // len(codes)
+        return (scale[group] * (codes - zero[group])).T
+    codes = tensors["weight"] if "weight" in tensors else bits_of(tensors["weight_packed"], bits) - (1 << (bits - 1))
+    scale = tensors["weight_scale"].astype(np.float32)
+    zero = np.zeros(scale.shape, np.int64)
+    if "weight_zero_point" in tensors:
+        zero = bits_of(tensors["weight_zero_point"].T, bits).T[: len(zero)] - (1 << (bits - 1))
+    group = np.arange(codes.shape[1]) * scale.shape[1] // codes.shape[1]
+    return scale[:, group] * (codes - zero[:, group])
+
+
+@pytest.mark.parametrize("name", sorted(set(FOLDERS) - {"hf-ct-fp8-dynamic"}))
+def test_weights_are_those_of_the_file(interop: Path, name: str) -> None:
+    kind, bits, _ = FOLDERS[name]
+    source = open_source(interop / name)
+    stored = stored_tensors(interop / name / "model.safetensors")
+    for tensor, found in source.found.items():
+        prefix = f"{found.module}."
+        tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        expected = decoded(tensors, kind, bits).astype(np.float32)
+        heads = {"attn_q": 4, "attn_k": 2}.get(tensor.split(".")[2])
+        if heads is not None:
+            halves = expected.reshape(heads, 2, len(expected) // heads // 2, -1)
+            expected = halves.swapaxes(1, 2).reshape(expected.shape)
+        np.testing.assert_array_equal(dequantized(jax.tree.map(jnp.asarray, source.array(tensor))), expected)
+
+
+@jax.jit
+def dequantized(array: Any) -> jax.Array:
+    return array.dequantize()

@@ -60,7 +60,7 @@ def find_packed(parts: Parts, said: Said) -> Packed:
     rounding, note = activations_of(parts, said)
     words = [f"{bits}-bit", _where(groups, columns), kinds, "act-order" if order is not None else ""]
     label = f"pack-quantized {' '.join(word for word in words if word)}{rounding.label}"
-    how = f"bits by the shape of weight_packed {packed.shape}, groups by that of weight_scale{note}"
+    how = f"bits by the shape of weight_packed, groups by that of weight_scale{note}"
     if bits == 7:
         how += "; its 7-bit codes take 8 bits in memory"
     held = parts.choose("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", *rounding.suffixes)

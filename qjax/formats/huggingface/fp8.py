@@ -49,7 +49,7 @@ def find(parts: Parts, said: Said) -> Packed:
     where = f"g{width}" if rows == 1 and width < columns else where
     rounding, note = activations_of(parts, said)
     label = f"FP8 {KINDS[stored.dtype].removeprefix('float8_')} {where}{rounding.label}"
-    how = f"{stored.dtype} weights; blocks by the shape of {suffix} {scale.shape}{note}"
+    how = f"{stored.dtype} weights; blocks by the shape of {suffix}{note}"
     read = partial(read_fp8, parts=parts, suffix=suffix, rows=rows, block=None if width == columns else width)
     held = parts.choose("weight", suffix, *rounding.suffixes)
     found = Found(parts.module, "fp8", 8, -1 if width == columns else width, label, how)

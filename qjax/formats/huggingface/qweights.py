@@ -94,7 +94,7 @@ def find_awq(parts: Parts, said: Said, layout: Layout) -> Packed:
         awq.BITS,
         -1 if size == columns else size,
         f"AWQ {'' if layout == 'gemm' else 'gemv '}4-bit {'channel' if size == columns else f'g{size}'}",
-        f"{layout} by the shape of qweight {parts.stored['qweight'].shape}, groups by {why}",
+        f"{layout} by the shape of qweight, groups by {why}",
     )
     facts = awq.AWQFacts("gemm" if layout == "gemm" else "gemv", size)
     return Packed(found, parts.shape, parts.choose(*awq.SUFFIXES), partial(_read_awq, parts=parts, facts=facts))
@@ -125,7 +125,7 @@ def find_gptq(parts: Parts, said: Said, bits: int, version: Version) -> Packed:
     parts.need("qzeros", ("I32",), (groups, words_for(out, bits)))
     if groups == 0 or columns % groups:
         raise UnsupportedError(f"{parts.where('scales')}: {columns} columns are not {groups} groups of one size")
-    order, how = None, f"bits by the shape of qweight {parts.stored['qweight'].shape}, groups by that of scales"
+    order, how = None, "bits by the shape of qweight, groups by that of scales"
     if "g_idx" in parts:
         parts.need("g_idx", ("I32", "I64"), (columns,))
         order = _named(parts, lambda: gptq.column_order(parts.read("g_idx"), groups))

@@ -15,7 +15,12 @@ from packers import MATRICES, Grid, Tensors, grid
 import qjax
 from qjax.arrays import TransformedArray
 from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
+from qjax.formats.huggingface.checkpoint import as_numpy, open_checkpoint
+from qjax.formats.huggingface.labels import Labels
+from qjax.formats.huggingface.parts import Parts, by_module
+from qjax.formats.huggingface.quantized import find_packed
 from qjax.formats.huggingface.source import HuggingFaceFolder, open_folder
+from qjax.runs.inspect import inspect, show
 
 Made = Callable[..., Path]
 Module = tuple[Tensors, np.ndarray]
@@ -367,3 +372,35 @@ def test_expressions_without_end_are_refused(made: Made) -> None:
     with pytest.raises(UnsupportedError, match="endless time"):
         open_folder(made(tensors, quantization_config={"ignore": ["re:(.+)+x"]}))
     assert issubclass(UnsupportedError, QjaxError)
+
+
+PEERS = np.load(Path(__file__).with_name("packed.npz"))
+COMPRESSED = sorted({name.split("/")[0] for name in PEERS if name.startswith("ct-pack")})
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_what_compressed_tensors_packed(tmp_path: Path, kind: str) -> None:
+    held = {name.split("/")[1]: PEERS[name] for name in PEERS if name.split("/")[0] == kind}
+    dtypes = {"int32": "I32", "int64": "I64", "float16": "F16"}
+    tensors: Tensors = {f"up.{suffix}": (dtypes[array.dtype.name], array) for suffix, array in held.items()}
+    packers.write_safetensors(tmp_path / "model.safetensors", tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    shape = (int(held["weight_shape"][0]), int(held["weight_shape"][1]))
+    parts = Parts("up", by_module(checkpoint.tensors)["up"], checkpoint.raw, shape)
+    packed = find_packed({"up": parts}, Labels(tmp_path / "config.json", {}))["up"]
+    array = packed.read({s: as_numpy(stored, checkpoint.raw(stored.name)) for s, stored in packed.parts.items()})
+    np.testing.assert_array_equal(dequantized(array), PEERS[f"{kind.split('-', 2)[2]}/w"])
+
+
+def test_inspect_says_what_was_found_and_how(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, _ = layer(KINDS["gptq-act-order"][2])
+    facts = inspect(made(tensors))
+    (q,) = (tensor for tensor in facts["tensors"] if tensor["name"] == "blk.0.attn_q.weight")
+    assert q["type"] == "GPTQ 4-bit g32 asym act-order"
+    assert q["found"]["module"] == "model.layers.0.self_attn.q_proj"
+    assert q["found"]["kind"] == "gptq"
+    assert "version 1, the mean code lies" in q["found"]["how"]
+    assert all("found" not in tensor for tensor in facts["tensors"] if tensor["type"] in ("F16", "F32"))
+    assert facts["format"] == "Hugging Face safetensors, gptq"
+    show(facts)
+    assert "GPTQ 4-bit g32 asym act-order (7): bits by the shape" in capsys.readouterr().out
