@@ -194,9 +194,6 @@ def _by_recipe(
     schemes, model = recipe.schemes(file), model_in(file)
     tokens = None
     if recipe.method.needs_inputs:
-        if calibration.data is None:
-            name = type(recipe.method).__name__
-            raise QjaxError(f"{name} looks at what goes into each matrix: give calibration=, a text or 'wikitext-2'")
         tokens = calibration_tokens(calibration, lambda: read_tokenizer(file.metadata, file.path), model.config)
     made = quantize_blocks(model, recipe.method, schemes, tokens, **options)
     return made.params, model.config

@@ -17,7 +17,7 @@ from qjax.formats.atomic import atomic_file, refusals, remove_leftovers
 from qjax.formats.huggingface.native import read_arrays, read_facts, write_arrays
 from qjax.formats.pieces import lock
 
-_RECORD, _LINES = "run.json", "lines"
+_RECORD, _LINES, _ORDER = "run.json", "lines", "order"
 
 
 class Checkpoints:
@@ -37,8 +37,10 @@ class Checkpoints:
           FormatError: the file is damaged; says what to do.
         """
         try:
-            lines = [Line(*line) for line in json.loads(read_facts(self._path(i))[_LINES])]
-            return read_arrays(self._path(i)), lines
+            facts, arrays = read_facts(self._path(i)), read_arrays(self._path(i))
+            # In the order of the method, which files that are made of them keep.
+            weights = {name: arrays[name] for name in json.loads(facts[_ORDER])}
+            return weights, [Line(*line) for line in json.loads(facts[_LINES])]
         except (QjaxError, KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{self._path(i)}: {error}: remove this file, or start anew (--fresh)") from error
 
@@ -48,7 +50,7 @@ class Checkpoints:
         Raises:
           QjaxError: the disk refuses.
         """
-        write_arrays(self._path(i), weights, {_LINES: json.dumps(lines)})
+        write_arrays(self._path(i), weights, {_LINES: json.dumps(lines), _ORDER: json.dumps(list(weights))})
 
     def remove(self) -> None:
         """Drop the folder: the run is over."""

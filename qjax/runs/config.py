@@ -101,17 +101,25 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
-    """A quantized GGUF file from a float one, as `qjax quantize` makes it.
+    """A quantized model from a float one, as `qjax quantize` makes it.
 
-    `output`, `imatrix`, and where they are files `source` and `type` (a mix), are relative to the config file.
-    `tensor_types`: texts REGEX=TYPE. `target_bpw`, `target_size` ("3.5GiB"): a budget instead of a mix, with `data` a
-    text to look at the model on (None: text that it writes), `chunks` of it, `types` to choose from (none: all).
+    `output`, `imatrix`, `data`, `evaluate`, and where they are files `source` and `type` (a mix), are relative to the
+    config file. `target_bpw`, `target_size` ("3.5GiB"): a budget, with `chunks` of `data`, and `types` (or schemes) to
+    choose from (none: all).
+
+    With `type`, or a budget alone, a GGUF file. `tensor_types`: texts REGEX=TYPE. `data`: a text for a budget; None for
+    text that the model writes.
+
+    With `method` ("gptq") what its `format` says. `scheme`: "w4g128-asym"; None for the method's usual one. `rules`:
+    texts REGEX=SCHEME or REGEX=keep. `act_order`, `damp`, `steps`: options of the method. `data`, `samples`, `seq_len`,
+    `seed`: see `qjax.Calibration`.
     """
 
     kind: str
     source: str
     output: str
     type: str | None = None
+    method: str | None = None
     imatrix: str | None = None
     target_bpw: float | None = None
     target_size: str | None = None
@@ -123,6 +131,28 @@ class QuantizeConfig:
     token_embedding_type: str | None = None
     tensor_types: tuple[str, ...] = ()
     allow_requantize: bool = False
+    format: str | None = None
+    scheme: str | None = None
+    rules: tuple[str, ...] = ()
+    act_order: bool | None = None
+    damp: float | None = None
+    steps: int | None = None
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    batch: int = 8
+    evaluate: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what is of the other way."""
+        of_mixes = ("type", "imatrix", "pure", "output_tensor_type", "token_embedding_type", "tensor_types")
+        of_methods = ("format", "scheme", "rules", "act_order", "damp", "steps", "samples", "seq_len", "seed", "batch")
+        others = (*of_mixes, "allow_requantize") if self.method is not None else (*of_methods, "evaluate")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in others if getattr(self, name) != defaults[name]]
+        if given:
+            why = "is for a mix, not for a method" if self.method is not None else "is for a method: give one"
+            raise QjaxError(f"{', '.join(given)}: {why}")
 
 
 CONFIGS: dict[str, type] = {"train": TrainConfig, "quantize": QuantizeConfig}

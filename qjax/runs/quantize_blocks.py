@@ -8,12 +8,13 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
@@ -173,7 +174,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
             measures,
         )
         with progress_bar(f"writing {output.path}") as advance:
-            api.save(packed, output.path, output.format, recipe=told, progress=lambda name: advance(note=name))
+            _save(packed, output, told, lambda name: advance(note=name))
         log = write_log(made.lines, _log_stem(output), f"{source.path.name}: {type(recipe.method).__name__}")
         kept.remove()
     memory = packed.memory
@@ -194,6 +195,13 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
         "seconds": time.monotonic() - start,
         "peak_memory": peak_memory(),
     }
+
+
+def _save(model: api.Model, output: Output, told: card.Recipe, progress: Callable[[str], None]) -> None:
+    try:
+        api.save(model, output.path, output.format, recipe=told, progress=progress)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}; all blocks are kept: the same with another --format writes them") from error
 
 
 def _measures(job: Job, planned: _Planned, packed: api.Model) -> dict[str, float]:
@@ -235,31 +243,39 @@ def plan_model(job: Job, format_name: str) -> dict[str, Any]:
 
 
 def check_storable(source: Source, recipe: Recipe, schemes: Mapping[str, Scheme], format_name: str) -> None:
-    """UnsupportedError for what a format does not hold, before anything is computed."""
-    made = {name: _like(source.tensors[name].shape, scheme, recipe) for name, scheme in schemes.items()}
-    if format_name == "gguf":
-        check = lambda name: type_for(made[name])
-    else:
-        target = target_named(format_name)
-        modules = {name: str(module_name(name)) for name in made}
-        packed = {modules[name]: array for name, array in made.items() if target.packs(modules[name])}
-        check = lambda name: target.specs(modules[name], made[name]) if modules[name] in packed else None
-    for name in made:
+    """UnsupportedError for what a format does not hold, before anything is computed: a few rows are tried."""
+    alike: dict[Any, QuantizedArray] = {}
+    made = {}
+    for name, scheme in schemes.items():
+        rows, columns = source.tensors[name].shape
+        # Formats pack rows by the word, which a multiple of 64 always fills.
+        shape = (rows if rows < 64 else 64 + rows % 64, columns)
+        if (shape, scheme) not in alike:
+            alike[shape, scheme] = _like(shape, scheme, recipe)
+        made[name] = alike[shape, scheme]
+    modules = {name: str(module_name(name)) for name in source.tensors}
+    target = None if format_name == "gguf" else target_named(format_name)
+    packed = {modules[name]: array for name, array in made.items() if target is None or target.packs(modules[name])}
+    tried: set[int] = set()
+    for name, array in made.items():
+        if modules[name] not in packed or id(array) in tried:
+            continue
+        tried.add(id(array))
         try:
-            check(name)
+            type_for(array) if target is None else target.tensors(modules[name], array)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name} would be {schemes[name]}: {error}") from error
-    if format_name != "gguf":
-        kept = [str(module_name(name)) for name, i in source.tensors.items() if len(i.shape) == 2 and name not in made]
+    if target is not None:
+        kept = [modules[name] for name, i in source.tensors.items() if len(i.shape) == 2 and name not in made]
         target.config(packed, kept)
 
 
-def _like(shape: tuple[int, ...], scheme: Scheme, recipe: Recipe) -> QuantizedArray:
-    """What becomes of a matrix, by its shapes alone."""
-    array = jax.eval_shape(partial(rtn, scheme=scheme), jax.ShapeDtypeStruct(shape, np.float32))
+def _like(shape: tuple[int, int], scheme: Scheme, recipe: Recipe) -> QuantizedArray:
+    """What becomes of a matrix: its family, not its numbers."""
+    array = jax.tree.map(np.asarray, rtn(jnp.ones(shape, jnp.float32), scheme))
     # Groups of columns in their own order stay so, whatever the order of the rounding.
     moved = getattr(recipe.method, "act_order", False) and not getattr(recipe.method, "static_groups", False)
-    columns = jax.ShapeDtypeStruct(shape[-1:], np.int32) if moved else None
+    columns = np.arange(shape[1], dtype=np.int32)[::-1] if moved else None
     rounding = "int8" if scheme.activations == "int8" else None
     return array if columns is None and rounding is None else TransformedArray(array, columns, rounding=rounding)
 

@@ -1,5 +1,6 @@
 """The embedded model and a text that llama-imatrix was run on too."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 
 import qjax
 from qjax.models.chunks import begun, chunks_of
+
+# Test files are no package: what several of them use (`looking.py`) is found there.
+sys.path.insert(0, str(Path(__file__).parent))
 
 TEXT = Path(__file__).parents[2] / "LICENSE"
 CTX, CHUNKS = 128, 6

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from looking import CONFIG, TOKENS, W4, Looking, save_tiny
 
 import qjax
 from qjax.arrays import AffineArray, QuantizedArray, Scheme, parse_scheme
@@ -17,48 +18,16 @@ from qjax.calibrate.checkpoints import open_checkpoints
 from qjax.calibrate.driver import FloatModel, Quantized, model_in, model_of, quantize_blocks
 from qjax.calibrate.methods.rtn import RTN
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.evaluate.shapes import Shape, llama
-from qjax.evaluate.synthetic import save_synthetic
 from qjax.formats.gguf import open_gguf
 from qjax.formats.rules import parse_rule, schemes_by
 from qjax.models.forward import begin, layer
 from qjax.models.load import MATRICES, NORMS, expected_shapes
 from qjax.quantizers.rtn import rtn
 
-W4 = parse_scheme("w4g64")
-
-
-@dataclasses.dataclass(frozen=True)
-class Looking:
-    """To nearest, of weights scaled a little by all that a method may look at."""
-
-    by: float = 1e-3
-    needs_inputs: bool = True
-    needs_float: bool = True
-
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        weights, lines = dict(block.weights), []
-        assert block.float_inputs is not None
-        seen = float(np.abs(block.inputs).mean() + np.square(block.inputs - block.float_inputs).mean())
-        for name, scheme in block.schemes.items():
-            w = weights[name].astype(jnp.float32)
-            weights[name] = rtn(w * jnp.float32(1 + self.by * seen), scheme)
-            lines.append(Line(block.index, name, str(scheme), seen, None, 0.0))
-        # Norms may be other ones, too.
-        weights["ffn_norm"] = weights["ffn_norm"] * jnp.float32(1 + self.by)
-        return weights, lines
-
-
-# Matrices of one shape: few programs to compile.
-CONFIG = llama(layers=4, hidden=64, heads=2, kv_heads=2, ffn=64, vocab=320, context=64)
-TOKENS = np.random.default_rng(0).integers(0, 320, (4, 16), np.int32)
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("driver") / "tiny.gguf"
-    save_synthetic(file, Shape("tiny", CONFIG), "f16")
-    return file
+    return save_tiny(tmp_path_factory.mktemp("driver") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +78,7 @@ def test_the_loop_is_each_block_by_hand(floats: FloatModel) -> None:
     assert same(again.params["layers"], hand)
     assert told == [(i, 4) for i in range(5)]
     assert [line.name for line in made.lines] == [name for name in in_order() if name in of]
-    assert {line.scheme for line in made.lines} == {"w4g64", "w8"}
+    assert {line.scheme for line in made.lines} == {"w4g32", "w8"}
     assert made.params["layers"][1]["attn_q"].dtype == np.float16
     assert isinstance(made.params["token_embd"], jax.Array)
 
@@ -187,7 +156,7 @@ def test_a_rounded_embedding_is_what_blocks_are_shown(floats: FloatModel) -> Non
             seen.append(dataclasses.replace(block, inputs=block.inputs.copy(), float_inputs=block.float_inputs.copy()))
             return dict(block.weights), []
 
-    made = quantize_blocks(floats, Seeing(), schemes("embed=w2g64"), TOKENS[:1])
+    made = quantize_blocks(floats, Seeing(), schemes("embed=w2g32"), TOKENS[:1])
     rows = np.asarray(made.params["token_embd"].dequantize())[TOKENS[:1]]
     np.testing.assert_array_equal(seen[0].inputs, rows)
     np.testing.assert_array_equal(seen[0].float_inputs, np.float32(floats.ends["token_embd"])[TOKENS[:1]])
@@ -266,13 +235,13 @@ def test_damaged_checkpoints(begun_run: Path, floats: FloatModel) -> None:
 
 def test_loading_with_a_recipe(path: Path, tmp_path: Path) -> None:
     """As it is run: quantized while it is loaded."""
-    recipe = qjax.RTN(bits=4, group_size=64, rules=["ffn_down=w8", "blk.0.attn=keep"])
+    recipe = qjax.RTN(bits=4, group_size=32, rules=["ffn_down=w8", "blk.0.attn=keep"])
     told: list[str] = []
     model = qjax.load(path, quantize=recipe, progress=told.append)
     assert told == [f"block {i} of 4" for i in range(5)]
     layers = model.params["layers"]
     assert not isinstance(layers[0]["attn_q"], QuantizedArray)
-    assert (layers[1]["attn_q"].bits_per_weight, layers[0]["ffn_down"].bits_per_weight) == (4.25, 8.25)
+    assert (layers[1]["attn_q"].bits_per_weight, layers[0]["ffn_down"].bits_per_weight) == (4.5, 8.25)
     logits, _ = qjax.forward(model.params, model.config, jnp.asarray(TOKENS))
     assert bool(jnp.isfinite(logits).all())
     with pytest.raises(QjaxError, match="is for a recipe"):

@@ -1,10 +1,14 @@
 """A corpus of a few small files and a config whose training takes a second."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from qjax.runs.config import TrainConfig, load_config
+
+# Test files are no package: what several of them use (`looking.py`) is found there.
+sys.path.insert(0, str(Path(__file__).parents[1] / "calibrate"))
 
 CONFIG = """
 kind: train
