@@ -28,7 +28,7 @@ from qjax.evaluate.compare import Candidate, Comparison, compare
 from qjax.kernels.layout import lay_out
 from qjax.models.chunks import begun, chunks_of
 from qjax.models.load import MATRICES
-from qjax.runs.texts import read_text
+from qjax.text.files import read_text
 
 HEAD = ["scheme", "method", "KLD", "less the first's (95 %)", "perplexity", "same top", "bits a weight", "seconds"]
 

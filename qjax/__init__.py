@@ -16,7 +16,7 @@ _PUBLIC = {
     "load": "qjax.api",
     "save": "qjax.api",
     "push_to_hub": "qjax.api",
-    "Recipe": "qjax.formats.huggingface.card",
+    "Provenance": "qjax.formats.huggingface.card",
     "quantizer": "qjax.api",
     "RTN": "qjax.calibrate.recipes",
     "INT8": "qjax.calibrate.recipes",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from qjax.calibrate.recipes import Learned as Learned
     from qjax.calibrate.recipes import SmoothQuant as SmoothQuant
     from qjax.evaluate.perplexity import perplexity as perplexity
-    from qjax.formats.huggingface.card import Recipe as Recipe
+    from qjax.formats.huggingface.card import Provenance as Provenance
     from qjax.kernels import explain as explain
     from qjax.kernels import qmatmul as qmatmul
     from qjax.kernels import qtake as qtake

@@ -22,7 +22,7 @@ from qjax.formats.gguf.imatrix import read_imatrix
 from qjax.formats.gguf.mixes import is_mix
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
-from qjax.formats.huggingface.card import Recipe
+from qjax.formats.huggingface.card import Provenance
 from qjax.formats.huggingface.parts import Found
 from qjax.formats.huggingface.writer import SHARD_BYTES
 from qjax.formats.locate import locate
@@ -263,7 +263,7 @@ def save(
     path: str | Path,
     format: str = "gguf",
     *,
-    recipe: Recipe = NOTHING_KNOWN,
+    recipe: Provenance = NOTHING_KNOWN,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,

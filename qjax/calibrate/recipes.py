@@ -65,12 +65,14 @@ def recipe_for(
     group_size: int | None = None,
     symmetric: bool | None = None,
     rules: Sequence[str] = (),
+    seed: int | None = None,
     **options: Any,
 ) -> Recipe:
     """A recipe of what a user said; None for what was left open.
 
     Args:
       scheme: as text, or else bits, group_size and symmetric in place of those of the method's usual one.
+      seed: of a method that draws something; others have no use for it.
 
     Raises:
       QjaxError: see `recipe` and `parse_scheme`.
@@ -81,6 +83,8 @@ def recipe_for(
         raise QjaxError(f"the scheme {scheme!r} says {', '.join(changed)} already: give one of them")
     usual = _where(method).scheme if scheme is None else parse_scheme(scheme)
     wanted = {key: value for key, value in options.items() if value is not None}
+    if seed is not None and "seed" in _options(method):
+        wanted["seed"] = seed
     return recipe(method, dataclasses.replace(usual, **changed), rules, wanted)
 
 
@@ -98,20 +102,27 @@ def recipe(
     Raises:
       QjaxError: no such method or option, an option's value that it does not take, or a text that is no rule.
     """
-    where = _where(method)
-    kind = getattr(import_module(f"qjax.calibrate.methods.{where.module}"), where.name)
-    known = [field.name for field in dataclasses.fields(kind)]
+    where, known = _where(method), _options(method)
     for name in options or {}:
         if name not in known:
-            raise QjaxError(f"{where.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
+            raise QjaxError(f"{where.name} has no option {name!r}; it has {', '.join(known)}")
     parsed = tuple(rule if isinstance(rule, Rule) else parse_rule(rule) for rule in rules)
-    return Recipe(kind(**options or {}), where.scheme if scheme is None else scheme, parsed)
+    return Recipe(_class(method)(**options or {}), where.scheme if scheme is None else scheme, parsed)
 
 
 def _where(method: str) -> _Where:
     if method not in METHODS:
         raise QjaxError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]
+
+
+def _class(method: str) -> Any:
+    where = _where(method)
+    return getattr(import_module(f"qjax.calibrate.methods.{where.module}"), where.name)
+
+
+def _options(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(_class(method))]
 
 
 def RTN(

@@ -116,7 +116,7 @@ def _add_methods(group: Any) -> None:
     )
     group.add_argument("--samples", type=positive, help="calibration samples; default: 128")
     group.add_argument("--seq-len", type=positive, metavar="L", help="tokens of each; default: 512")
-    group.add_argument("--seed", type=natural, help="of the draw of samples; default: 0")
+    group.add_argument("--seed", type=natural, help="of the draw of samples, and of what learned draws; default: 0")
     group.add_argument("--batch", type=positive, help="samples that are run at once; default: 8")
     group.add_argument(
         "--format",
@@ -200,6 +200,7 @@ def _by_method(args: argparse.Namespace, budgeted: bool) -> dict[str, Any]:
         act_order=args.act_order,
         damp=args.damp,
         steps=args.steps,
+        seed=args.seed,
     )
     job = Job(
         args.model,

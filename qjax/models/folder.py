@@ -11,7 +11,7 @@ import numpy as np
 from qjax.arrays import QuantizedArray
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.affine_parts import plain_shapes
-from qjax.formats.huggingface.card import Recipe, model_card
+from qjax.formats.huggingface.card import Provenance, model_card
 from qjax.formats.huggingface.config_write import config_of, generation_config_of
 from qjax.formats.huggingface.json_files import read_object
 from qjax.formats.huggingface.targets import target_named
@@ -31,7 +31,7 @@ _COPIED += (
     "generation_config.json",
     "LICENSE",
 )
-NOTHING_KNOWN = Recipe()
+NOTHING_KNOWN = Provenance()
 
 
 def save_folder(
@@ -42,7 +42,7 @@ def save_folder(
     path: str | Path,
     format_name: str,
     *,
-    recipe: Recipe = NOTHING_KNOWN,
+    recipe: Provenance = NOTHING_KNOWN,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,

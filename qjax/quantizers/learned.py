@@ -16,8 +16,6 @@ from jaxtyping import Array, Float, Float32
 from qjax.arrays.affine import AffineArray
 from qjax.arrays.scheme import TENSOR, Scheme, affine, codes_of
 
-# How near to where it would be rounded the other way a weight may lie at the start, in steps from its code.
-_REACH = 0.49
 # Offsets of the rounding stay within half a step, scales within half of the start's.
 MOST_ROUNDING, MOST_SCALE = 0.5, 0.5
 # The smallest scale, float16's smallest number above 0.
@@ -58,13 +56,17 @@ _rounded.defjvp(lambda primals, tangents: (_rounded(*primals), *tangents))
 _stored.defjvp(lambda primals, tangents: (_stored(*primals), *tangents))
 
 
-def anchored(w: Float[Array, "out in"], start: AffineArray, scheme: Scheme) -> tuple[Anchor, Offsets]:
+def anchored(
+    w: Float[Array, "out in"], start: AffineArray, scheme: Scheme, reach: float = 0.49
+) -> tuple[Anchor, Offsets]:
     """Where a start leaves one matrix: what stays, and offsets of 0.
 
     Args:
-      w: the true weights. Those that the start did not round to the nearest code (GPTQ's make up for errors of others)
-        are moved to where they would have been rounded to it.
+      w: the true weights. Those that lie far from their codes, since the start did not round to nearest (GPTQ's make up
+        for errors of others), are moved nearer to them.
       start: of the same shape, made for `scheme`.
+      reach: how far from its code a weight may lie, in steps, less than half a one. Near to it the first steps of
+        descent round many weights the other way at once, and undo what GPTQ made fit together.
     """
     scale = start.scales()[..., None]
     middle = jnp.full(scale.shape, scheme.middle, jnp.float32)
@@ -72,8 +74,8 @@ def anchored(w: Float[Array, "out in"], start: AffineArray, scheme: Scheme) -> t
     shape = (*scale.shape[:-1], start.group_size)
     codes = codes_of(start).astype(jnp.float32).reshape(shape)
     # Past the ends of the grid all is rounded to its last codes.
-    low = jnp.where(codes == 0, -jnp.inf, codes - _REACH)
-    high = jnp.where(codes == scheme.max_code, jnp.inf, codes + _REACH)
+    low = jnp.where(codes == 0, -jnp.inf, codes - reach)
+    high = jnp.where(codes == scheme.max_code, jnp.inf, codes + reach)
     within = jnp.clip(w.astype(jnp.float32).reshape(shape) / scale + zero, low, high)
     zeros = lambda shape: jnp.zeros(shape, jnp.float32)
     grids = (1, 1, 1) if scheme.group_size == TENSOR else scale.shape
@@ -113,9 +115,12 @@ def bounded(offsets: Offsets) -> Offsets:
     return Offsets(rounding, scale, zero)
 
 
-def descended(offsets: Offsets, slopes: Offsets, rate: Float32[Array, ""]) -> Offsets:
-    """After a step of this size by the sign of the loss' gradient, `slopes`."""
+def descended(
+    offsets: Offsets, slopes: Offsets, rate: Float32[Array, ""], grid_share: float | Float32[Array, ""] = 1.0
+) -> Offsets:
+    """After a step of this size by the sign of the loss' gradient, `slopes`; by this share of it for the grids."""
     descent = optax.sign_sgd(rate)
-    updates, _ = descent.update(slopes, descent.init(offsets))  # pyright: ignore[reportArgumentType]
-    moved: Any = optax.apply_updates(offsets, updates)  # pyright: ignore[reportArgumentType]
+    updates: Any = descent.update(slopes, descent.init(offsets))[0]  # pyright: ignore[reportArgumentType]
+    grids = [None if update is None else grid_share * update for update in updates[1:]]
+    moved: Any = optax.apply_updates(offsets, Offsets(updates.rounding, *grids))  # pyright: ignore[reportArgumentType]
     return bounded(moved)

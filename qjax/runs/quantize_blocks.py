@@ -166,7 +166,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
             )
         packed = api.Model(made.params, model.config, source.metadata, source.metadata_types, source.path)
         measures = _measures(job, planned, packed)
-        told = card.Recipe(
+        told = card.Provenance(
             str(job.model),
             repr(recipe.method),
             list(map(str, job.recipe.rules)),
@@ -197,7 +197,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
     }
 
 
-def _save(model: api.Model, output: Output, told: card.Recipe, progress: Callable[[str], None]) -> None:
+def _save(model: api.Model, output: Output, told: card.Provenance, progress: Callable[[str], None]) -> None:
     try:
         api.save(model, output.path, output.format, recipe=told, progress=progress)
     except UnsupportedError as error:

@@ -69,6 +69,7 @@ def _by_method(
         act_order=config.act_order,
         damp=config.damp,
         steps=config.steps,
+        seed=config.seed,
     )
     data = None if config.data is None else str(base / config.data if (base / config.data).exists() else config.data)
     job = Job(

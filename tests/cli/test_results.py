@@ -290,9 +290,10 @@ def test_help_shows_an_example_that_is_a_command(run: Any, command: str) -> None
     result = run(command, "--help")
     assert result.code == 0
     _, _, example = result.out.partition("example:\n")
-    words = shlex.split(example)
-    assert words[:2] == ["qjax", command]
-    assert cli.parser_and_commands()[0].parse_args(words[1:]).command == command
+    for line in example.strip().splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["qjax", command]
+        assert cli.parser_and_commands()[0].parse_args(words[1:]).command == command
     assert re.search(rf"\n    {command}\s", run("--help").out)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qjax.arrays import Scheme, parse_scheme
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.formats.huggingface.weights import gguf_name
+from qjax.formats.huggingface.weights import places
 from qjax.formats.rules import module_name, parse_rule, schemes_by
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -51,7 +51,7 @@ def test_hugging_face_names() -> None:
     for name in SHAPES:
         module = module_name(name)
         assert module is not None
-        assert gguf_name(f"{module}.weight") == name
+        assert [f"{place.name}.weight" for place in places(module, {})] == [name]
     assert module_name("blk.0.attn_q.bias") == "model.layers.0.self_attn.q_proj"
     assert module_name("rope_freqs.weight") is None
     found = by(r"layers\.3\..*q_proj$=w8", "embed_tokens=w8g32")

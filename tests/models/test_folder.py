@@ -20,7 +20,7 @@ from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.affine_parts import affine_parts, plain_numpy
 from qjax.formats.gguf import from_blocks, open_gguf
 from qjax.formats.huggingface import awq, gptq
-from qjax.formats.huggingface.card import Recipe
+from qjax.formats.huggingface.card import Provenance
 from qjax.formats.huggingface.checkpoint import INDEX, Checkpoint, open_checkpoint
 from qjax.formats.huggingface.config_write import config_of
 from qjax.formats.huggingface.native import descriptions, read_native
@@ -108,7 +108,7 @@ def test_weights_have_the_checkpoints_names_and_rows(
 
 @pytest.mark.filterwarnings("ignore:tokenizer.json and")
 def test_config_and_card(model: qjax.Model, tmp_path: Path) -> None:
-    recipe = Recipe("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
+    recipe = Provenance("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
     folder = qjax.save(model, tmp_path / "out", "gptq", recipe=recipe)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == json.loads((folder / "quantize_config.json").read_text())

@@ -91,7 +91,7 @@ def test_what_cannot_be(made: dict[str, Any], tmp_path: Path, capsys: pytest.Cap
         (["--target-size", "10KB"], "the budget leaves nothing"),
         (["--target-bpw", "4", "--types", "q9_z"], "expected a ggml type"),
         (["--target-bpw", "4", "--target-size", "1MB"], "not allowed with"),
-        (["--data", "x.txt", "--type", "q4_0"], "are for a budget"),
+        (["--data", "x.txt", "--type", "q4_0"], "is for a budget"),
         ([], "give --type, or a budget"),
     ):
         with pytest.MonkeyPatch.context() as patch:

@@ -20,9 +20,12 @@ from qjax.calibrate.data import Calibration
 from qjax.calibrate.recipes import Recipe
 from qjax.cli import main
 from qjax.errors import QjaxError, QjaxWarning
+from qjax.evaluate.shapes import Shape, llama
+from qjax.evaluate.synthetic import save_synthetic
 from qjax.formats.gguf import open_gguf
 from qjax.formats.rules import parse_rule
 from qjax.runs import run
+from qjax.runs.config import load_config
 from qjax.runs.quantize_blocks import Job, output_at, quantize_model
 
 ROOT = Path(__file__).parents[2]
@@ -139,13 +142,17 @@ def test_dry_run(tell: Any, model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o-quantization.csv").exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+SLOWER = [pytest.param(method, marks=pytest.mark.slow) for method in ("awq", "learned")]
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant", *SLOWER])
 def test_methods(tell: Any, model: Path, method: str, tmp_path: Path) -> None:
     """Each by its name, from calibration text to a folder that opens."""
     np.save(tmp_path / "ids.npy", TOKENS)
     group = [] if method == "smoothquant" else ["--group-size", 32]
     argv = ["quantize", model, "-o", tmp_path / "out", "--method", method, "--data", tmp_path / "ids.npy"]
-    told = tell(*argv, *group, "--samples", 4, "--format", "compressed-tensors")
+    steps = ["--steps", 2, "--seed", 1] if method == "learned" else []
+    told = tell(*argv, *group, *steps, "--samples", 4, "--format", "compressed-tensors")
     assert (told["samples"], told["seq_len"]) == (4, 16)
     assert method in told["method"].lower()
     assert all(tensor["output_error"] is not None for tensor in told["tensors"])
@@ -230,7 +237,61 @@ def test_from_a_config(model: Path, tmp_path: Path) -> None:
             run(config)
 
 
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax
+import numpy as np
+from looking import Looking, W4, save_tiny
+from qjax.calibrate.data import Calibration
+from qjax.calibrate.recipes import Recipe
+from qjax.runs.quantize_blocks import Job, output_at, peak_memory, quantize_model
+recipe, tokens = Recipe(Looking(), W4), np.zeros((16, 64), np.int32)
+# The programs that this process holds in any case.
+quantize_model(Job(sys.argv[2], recipe, Calibration(tokens, 16)), output_at(sys.argv[4] + "-tiny", "qjax"))
+before = peak_memory()
+made = quantize_model(Job(sys.argv[3], recipe, Calibration(tokens, 16)), output_at(sys.argv[4], "qjax"))
+print(made["bytes"], made["peak_memory"] - before)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory(model: Path, tmp_path: Path) -> None:
+    """The packed model, a few times one float32 block, and the activations: far from the float model."""
+    config = llama(layers=32, hidden=1024, heads=8, kv_heads=8, ffn=2816, vocab=320, context=64)
+    large, out = tmp_path / "large.gguf", tmp_path / "out"
+    save_synthetic(large, Shape("large", config), "f16")
+    command = [sys.executable, "-c", PEAK, str(ROOT / "tests/calibrate"), str(model), str(large), str(out)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    packed, more = map(int, done.stdout.split())
+    block = 4 * (4 * 1024 * 1024 + 3 * 1024 * 2816)
+    activations = 2 * 4 * 16 * 64 * 1024
+    print(f"float model {large.stat().st_size:,}, packed {packed:,}, block {block:,}, peak {more:,}")
+    assert more < packed + 4 * block + 4 * activations < large.stat().st_size
+
+
 def test_unused_rules_are_told(model: Path, tmp_path: Path) -> None:
     recipe = qjax.RTN(4, 32, rules=["q_norm=w8"])
     with pytest.warns(QjaxWarning, match="'q_norm=w8' is not used"):
         quantize_model(Job(model, recipe), output_at(tmp_path / "out", "qjax"))
+
+
+def test_the_config_in_the_repository(model: Path, tmp_path: Path) -> None:
+    """As it stands, but for where it writes and how much it looks at."""
+    text = (ROOT / "configs/gptq.yaml").read_text()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "LICENSE").symlink_to(TEXT)
+    config = tmp_path / "configs" / "gptq.yaml"
+    load_config(ROOT / "configs/gptq.yaml")
+    wanted = (("method: gptq", "method: rtn"), ("act_order: true", ""), ("damp: 0.01", ""), ("w4g128", "w4g32"))
+    for theirs, ours in (*wanted, ("w8g128", "w8g32"), ("source: embedded", f"source: {model}")):
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    config.write_text(text)
+    out = run(config)
+    assert out.resolve() == tmp_path / "runs/quantize/embedded-gptq"
+    layers = qjax.load(out).params["layers"]
+    assert (layers[1]["ffn_down"].bits_per_weight, layers[1]["ffn_up"].bits_per_weight) == (8.5, 4.5)
+    assert layers[0]["attn_v"].dtype == np.float16

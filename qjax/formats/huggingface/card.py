@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qjax.version import __version__
 
 
-class Recipe(NamedTuple):
+class Provenance(NamedTuple):
     """How a model was quantized, in words; what is not known is left out.
 
     base: the model that it was made from. method: "GPTQ(percdamp=0.01)". rules: in their order. calibration: the text,
@@ -22,7 +22,7 @@ class Recipe(NamedTuple):
 
 
 def model_card(
-    name: str, format_name: str, kinds: Mapping[str, str], recipe: Recipe, metadata: Mapping[str, Any]
+    name: str, format_name: str, kinds: Mapping[str, str], recipe: Provenance, metadata: Mapping[str, Any]
 ) -> str:
     """The text of a model card.
 

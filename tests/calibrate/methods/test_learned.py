@@ -58,7 +58,7 @@ def same(a: Any, b: Any) -> bool:
 
 def test_output_is_nearer_than_the_starts_and_what_is_said_of_it() -> None:
     block = block_of(all_of(Scheme(3, 32, False)))
-    found, lines = Learned(steps=40, batch=4, start=RTN())(block)
+    found, lines = Learned(steps=40, batch=4, grid_share=1.0, reach=0.49, start=RTN())(block)
     before, after = distance(block, RTN()(block)[0]), distance(block, found)
     assert after < 0.5 * before
     assert {line.name for line in lines} == set(MATRICES)
@@ -142,7 +142,7 @@ def test_a_start_that_changes_other_weights_is_refused() -> None:
         Learned(steps=1, start=Folding())(block_of(all_of(Scheme(4, 32))))
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize("options", [{"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}, {"reach": 0.5}])
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(QjaxError, match="expected"):
         Learned(**options)
