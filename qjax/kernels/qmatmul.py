@@ -102,9 +102,15 @@ def _native(name: str) -> Matmul:
     return partial(matmul_native, rounding=rounding, elsewhere=elsewhere)
 
 
+def _rounds_tokens(weight: Any) -> bool:
+    """Whether x is rounded token by token and multiplied with integers; what is being learned is floats still."""
+    packed = _rounding(weight) == "int8" and isinstance(weight.inner, QuantizedArray)
+    return packed and multiplies_tokens(weight.inner.plain())
+
+
 KERNELS: list[Kernel] = [
     Kernel("native-w8a8", lambda w, m, a: _rounding(w) == "int8" and sums_tokens(w), _native("native-w8a8")),
-    Kernel("xla-w8a8", lambda w, m, a: _rounding(w) == "int8" and multiplies_tokens(w.inner.plain()), matmul_w8a8),
+    Kernel("xla-w8a8", lambda w, m, a: _rounds_tokens(w), matmul_w8a8),
     Kernel("rounded", lambda w, m, a: _rounding(w) is not None, _rounded_first),
     Kernel(
         "native-int8",

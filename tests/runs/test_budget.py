@@ -92,7 +92,7 @@ def test_what_cannot_be(made: dict[str, Any], tmp_path: Path, capsys: pytest.Cap
         (["--target-bpw", "4", "--types", "q9_z"], "expected a ggml type"),
         (["--target-bpw", "4", "--target-size", "1MB"], "not allowed with"),
         (["--data", "x.txt", "--type", "q4_0"], "is for a budget"),
-        ([], "give --type, or a budget"),
+        ([], "give --type, or --method, or a budget"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QJAX_CACHE", "off")
@@ -134,7 +134,7 @@ def test_from_a_config(made: dict[str, Any], tmp_path: Path) -> None:
     kinds = {name: info.type for name, info in open_gguf(run(config)).tensors.items()}
     assert kinds == {t["name"]: t["to"] for t in made["tensors"]}
     for more, said in (
-        ("pure: false", "give a type, or a budget"),
+        ("pure: false", "give a type, a method, or a budget"),
         ("target_bpw: 4.6, target_size: 2MB", "two budgets"),
     ):
         config.write_text(text % more)

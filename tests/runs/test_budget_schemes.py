@@ -44,7 +44,7 @@ def test_sizes(tmp_path: Path) -> None:
     assert 2_100_000 < planned["bytes"] <= 2_200_000
     with pytest.raises(QjaxError, match="the smallest types take"):
         plan_model(job(bpw=3.0), "qjax")
-    with pytest.raises(QjaxError, match="leaves nothing"):
+    with pytest.raises(QjaxError, match="the smallest types take"):
         plan_model(job(bpw=0.1), "qjax")
 
 
