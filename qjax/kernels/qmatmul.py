@@ -50,6 +50,12 @@ def _rounding(weight: Any) -> str | None:
     return weight.rounding if isinstance(weight, TransformedArray) else None
 
 
+def _is_w8a8(weight: Any) -> bool:
+    """Whether x is rounded to int8 token by token, and the codes are integers to multiply that with."""
+    lanes = lanes_of(weight)
+    return _rounding(weight) == "int8" and multiplies_tokens(_inner(weight) if lanes is None else lanes.inner)
+
+
 def _rounds(weight: Any, activations: str) -> bool:
     """Whether x is rounded by groups: of grouped codes there are integer products. Nothing is rounded twice."""
     inner = _inner(weight)
@@ -102,15 +108,9 @@ def _native(name: str) -> Matmul:
     return partial(matmul_native, rounding=rounding, elsewhere=elsewhere)
 
 
-def _rounds_tokens(weight: Any) -> bool:
-    """Whether x is rounded token by token and multiplied with integers; what is being learned is floats still."""
-    packed = _rounding(weight) == "int8" and isinstance(weight.inner, QuantizedArray)
-    return packed and multiplies_tokens(weight.inner.plain())
-
-
 KERNELS: list[Kernel] = [
-    Kernel("native-w8a8", lambda w, m, a: _rounding(w) == "int8" and sums_tokens(w), _native("native-w8a8")),
-    Kernel("xla-w8a8", lambda w, m, a: _rounds_tokens(w), matmul_w8a8),
+    Kernel("native-w8a8", lambda w, m, a: _is_w8a8(w) and sums_tokens(w), _native("native-w8a8")),
+    Kernel("xla-w8a8", lambda w, m, a: _is_w8a8(w), matmul_w8a8),
     Kernel("rounded", lambda w, m, a: _rounding(w) is not None, _rounded_first),
     Kernel(
         "native-int8",

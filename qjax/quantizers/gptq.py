@@ -11,7 +11,7 @@ comes: with the errors E = W - Q of all columns before them,
     W1 = W[block] + (E R[:, block]) Hinv1,    Hinv1 = R[block, block]^-1,
 
 the same numbers but for rounding (that GPTQ solves a triangular system in R: Chen et al. 2025, "The Geometry of LLM
-Quantization"). It costs a sixth of the reference's decompositions, never inverts an ill-conditioned H, and W is read,
+Quantization"). It costs a quarter of the reference's decompositions, never inverts an ill-conditioned H, and W is read,
 not rewritten, block by block. Within a block all is as in the reference.
 
 Where else we differ, and why:

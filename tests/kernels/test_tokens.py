@@ -89,7 +89,11 @@ def test_the_kernel_can_be_asked_for() -> None:
     assert "int8 activations, a token scale" in explain(w8a8, 1)
     # Codes of all 8 bits with zero points are no signed bytes; 8-bit floats are no integers.
     unsigned = TransformedArray(affine(Scheme(8, -1, symmetric=False)), rounding="int8")
-    assert select(unsigned, 1).name == "rounded"
+    for weight in (unsigned, unsigned.replace(inner=lanes(unsigned.inner))):
+        assert select(weight, 1).name == "rounded"
+        x = inputs(3)
+        y = wanted(x, unsigned.inner)
+        np.testing.assert_allclose(qmatmul(x, weight, activations="int8"), y, atol=1e-4 * np.abs(y).max(), rtol=1e-4)
     assert select(w8a8.replace(rounding="float8_e4m3fn"), 1, "int8").name == "rounded"
 
 

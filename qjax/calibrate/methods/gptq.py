@@ -1,6 +1,7 @@
 """GPTQ, input by input: second moments of what goes into a block's matrices, then each matrix rounded for these."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -45,6 +46,12 @@ class GPTQ:
     true_sequential: bool = True
     asymmetric: bool = True
     mse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or not 0 <= self.damp < math.inf:
+            raise QjaxError(
+                f"expected a block size from 1 on and damping from 0 on, got {self.block_size}, {self.damp}"
+            )
 
     @property
     def needs_inputs(self) -> bool:

@@ -119,11 +119,9 @@ def serves(weight: Any) -> bool:
 
 
 def sums_tokens(weight: Any) -> bool:
-    """Whether they also sum its products with an x rounded token by token as integers."""
+    """Whether they sum such products of a weight that `kernels.tokens` multiplies: not of halves of a step."""
     lanes = lanes_of(weight)
-    if lanes is None or not serves(weight) or not isinstance(lanes.inner, AffineArray):
-        return False
-    return lanes.inner.minimum is None and 16 < lanes.group_size <= _MOST_SUMMED
+    return lanes is not None and serves(weight) and 16 < lanes.group_size <= _MOST_SUMMED
 
 
 def matmul_native(x: Float[Array, "rows in"], weight: Any, *, rounding: Rounding, elsewhere: Elsewhere) -> Any:
