@@ -20,7 +20,8 @@ from qjax.arrays import memory
 from qjax.evaluate.shapes import shape_of
 from qjax.evaluate.synthetic import synthetic_params
 from qjax.generate import Greedy, decode, prefill, slots_for
-from qjax.models import ModelConfig, init_cache
+from qjax.models import ModelConfig
+from qjax.pipeline import one_stage
 
 CASES = [
     ("f32", "float"),
@@ -48,13 +49,11 @@ def make_params(config: ModelConfig, name: str) -> Any:
 
 def decode_rate(params: Any, config: ModelConfig, activations: Any, tokens: int) -> float:
     """Tokens per second of greedy decoding after a prompt of one token."""
-    cache = init_cache(config, 1, slots_for(1, tokens + 1))
-    logits, cache = prefill(params, config, [[1]], cache, activations=activations)
+    model = one_stage(params, config, activations)
+    logits, cache = prefill(model, [[1]], model.init_cache(1, slots_for(1, tokens + 1)))
     logits.block_until_ready()
     start = time.perf_counter()
-    for _ in decode(
-        params, config, logits, cache, prompts=[[1]], steps=tokens + 1, sampler=Greedy(), activations=activations
-    ):
+    for _ in decode(model, logits, cache, prompts=[[1]], steps=tokens + 1, sampler=Greedy()):
         pass
     return tokens / (time.perf_counter() - start)
 

@@ -103,6 +103,7 @@ def qjax_worker(source: str, threads: int, answers: Any) -> None:
     from qjax.arrays import memory
     from qjax.evaluate.shapes import shape_of
     from qjax.kernels import default_activations
+    from qjax.pipeline import one_stage
 
     if source.startswith("int4:"):
         config = shape_of(source.removeprefix("int4:")).config
@@ -113,9 +114,9 @@ def qjax_worker(source: str, threads: int, answers: Any) -> None:
     jax.block_until_ready(params)
 
     def sample(test: str, tokens: str, activations: str | None = None) -> float:
-        chosen: Any = {} if activations is None else {"activations": activations}
+        executor = one_stage(params, config, activations or default_activations())
         sizes = {"pp": 0, "tg": 0} | {test: int(tokens)}
-        return measure(params, config, **sizes, repeat=1, **chosen)[0].tokens_per_second
+        return measure(executor, **sizes, repeat=1)[0].tokens_per_second
 
     # A token reads one row of the embedding and all of the rest.
     rest = {key: value for key, value in params.items() if key != "token_embd"}

@@ -35,6 +35,7 @@ from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
+from qjax.pipeline import Executor, one_stage
 from qjax.quantizers.ggml import Effort
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
@@ -73,6 +74,10 @@ class Model:
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Ids of a prompt, with BOS in front where the model adds one."""
         return self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos, parse_special=parse_special)
+
+    def executor(self, activations: Activations | None = None) -> Executor:
+        """What runs the model where its weights are; `activations` as in `stream`."""
+        return one_stage(self.params, self.config, activations or default_activations())
 
     def stream(
         self,
@@ -113,8 +118,7 @@ class Model:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
         return stream_text(
-            self.params,
-            self.config,
+            self.executor(activations),
             self.tokenizer,
             ids,
             max_tokens=max_tokens,
@@ -122,7 +126,6 @@ class Model:
             seed=seed,
             stop=stop,
             cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
-            activations=activations or default_activations(),
         )
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:

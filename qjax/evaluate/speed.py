@@ -21,8 +21,8 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.generate.engine import decode, prefill, slots_for
 from qjax.generate.sampling import Greedy
-from qjax.kernels import Activations, default_activations
-from qjax.models import ModelConfig, forward, init_cache
+from qjax.models import ModelConfig
+from qjax.pipeline import Executor
 
 # Tokens that the warm-up decodes: the compiled programs are all there after the second.
 WARM_UP_TOKENS = 4
@@ -46,55 +46,45 @@ def _prompt(config: ModelConfig, length: int) -> list[int]:
     return np.random.default_rng(0).integers(0, config.vocab, length).tolist()
 
 
-def _time_prefill(
-    params: dict[str, Any], config: ModelConfig, length: int, activations: Activations, cache_dtype: Any
-) -> float:
+def _time_prefill(model: Executor, length: int, cache_dtype: Any) -> float:
     """Seconds from a prompt to the logits after its last token."""
-    prompt = _prompt(config, length)
-    cache = jax.block_until_ready(init_cache(config, 1, slots_for(length, 0), cache_dtype))
+    prompt = _prompt(model.config, length)
+    cache = jax.block_until_ready(model.init_cache(1, slots_for(length, 0), cache_dtype))
     start = time.perf_counter()
-    jax.block_until_ready(prefill(params, config, [prompt], cache, activations=activations))
+    jax.block_until_ready(prefill(model, [prompt], cache))
     return time.perf_counter() - start
 
 
-def _time_decode(
-    params: dict[str, Any], config: ModelConfig, tokens: int, run: int, activations: Activations, cache_dtype: Any
-) -> float:
+def _time_decode(model: Executor, tokens: int, run: int, cache_dtype: Any) -> float:
     """Seconds for `run` decode steps after a prompt of one token, in a cache that has room for `tokens`."""
-    prompt = _prompt(config, 1)
-    empty = init_cache(config, 1, slots_for(1, tokens), cache_dtype)
+    prompt = _prompt(model.config, 1)
+    empty = model.init_cache(1, slots_for(1, tokens), cache_dtype)
     # Not `prefill`: it would pad the one token to a chunk.
-    logits, cache = forward(params, config, jnp.asarray([prompt], jnp.int32), empty, activations=activations)
-    assert cache is not None
+    logits, cache = model.forward(jnp.asarray([prompt], jnp.int32), empty)
     logits, cache = jax.block_until_ready((logits[:, 0], cache))
     start = time.perf_counter()
     # The first token comes from the prompt's logits: `run` steps give one more.
-    for _ in decode(
-        params, config, logits, cache, prompts=[prompt], steps=run + 1, sampler=Greedy(), activations=activations
-    ):
+    for _ in decode(model, logits, cache, prompts=[prompt], steps=run + 1, sampler=Greedy()):
         pass
     return time.perf_counter() - start
 
 
 def measure(
-    params: dict[str, Any],
-    config: ModelConfig,
+    model: Executor,
     *,
     pp: int,
     tg: int,
     repeat: int,
-    activations: Activations | None = None,
     cache_dtype: Any = jnp.float16,
     progress: Callable[[str, int, int], None] = lambda test, done, repeats: None,
 ) -> list[Row]:
     """Speed of a model, batch 1: one row for the prompt (pp) and one for decoding (tg).
 
     Args:
-      params: on the device to measure; packed or float.
+      model: on the devices to measure.
       pp: tokens of the prompt; 0 for no such row.
       tg: tokens to decode, greedily, each by a forward of one token; 0 for no such row.
       repeat: samples of each.
-      activations: None for what generating text uses.
       cache_dtype: of the KV cache.
       progress: called as (test, samples done, repeat), first with 0 once the warm-up is over.
 
@@ -105,15 +95,14 @@ def measure(
         raise QjaxError(f"expected tokens to measure and at least one repeat, got pp {pp}, tg {tg}, repeat {repeat}")
     # A decoded token follows a prompt of one.
     longest = max(pp, tg + 1 if tg else 0)
-    activations = activations or default_activations()
-    if longest > config.context:
-        raise QjaxError(f"pp {pp} and tg {tg} need {longest} positions, the model's context is {config.context}")
+    if longest > model.config.context:
+        raise QjaxError(f"pp {pp} and tg {tg} need {longest} positions, the model's context is {model.config.context}")
     tests: list[tuple[str, int, Callable[[], float], Callable[[], float]]] = []
     if pp:
-        run = lambda: _time_prefill(params, config, pp, activations, cache_dtype)
+        run = lambda: _time_prefill(model, pp, cache_dtype)
         tests.append((f"pp{pp}", pp, run, run))
     if tg:
-        decode_steps = lambda steps: _time_decode(params, config, tg, steps, activations, cache_dtype)
+        decode_steps = lambda steps: _time_decode(model, tg, steps, cache_dtype)
         tests.append((f"tg{tg}", tg, lambda: decode_steps(min(tg, WARM_UP_TOKENS)), lambda: decode_steps(tg)))
     rows = []
     for test, tokens, warm_up, timed in tests:

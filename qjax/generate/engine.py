@@ -1,4 +1,4 @@
-"""Prefill and decode loops over the pure `forward`.
+"""Prefill and decode loops over a model on some devices.
 
 Prompts go through the model in chunks of two fixed sizes, padded at the end, so that any prompt needs at most three
 compiled programs a kind of layer (large chunk, small chunk, one token).
@@ -8,19 +8,16 @@ so that a step's time and memory follow what was written so far, not what may be
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
-from qjax.kernels import Activations, native
-from qjax.models import KVCache, ModelConfig, forward, init_cache
-from qjax.models.cache import grow_cache
+from qjax.pipeline import Executor, choose
 
 LARGE_CHUNK, SMALL_CHUNK = 512, 32
 # What is left of a prompt goes through one padded large chunk rather than this many small ones.
@@ -28,8 +25,6 @@ SMALL_CHUNKS_AT_MOST = 6
 SLOT_UNIT = 256
 # New tokens that the cache of `generate_ids` has room for at the start.
 NEW_SLOTS = 256
-
-Params = dict[str, Any]
 
 
 def chunk_sizes(length: int) -> list[int]:
@@ -52,22 +47,16 @@ def _whole_units(slots: int) -> int:
     return -(-slots // SLOT_UNIT) * SLOT_UNIT
 
 
-def _with_room(cache: KVCache, length: int, context: int) -> KVCache:
+def _with_room(model: Executor, cache: Any, length: int) -> Any:
     """The cache itself, or one of twice the slots (no more than the context has) if `length` positions fill it."""
-    if length < cache.slots:
+    slots = model.slots(cache)
+    if length < slots:
         return cache
-    return grow_cache(cache, max(min(2 * cache.slots, _whole_units(context)), cache.slots + SLOT_UNIT))
+    return model.grow(cache, max(min(2 * slots, _whole_units(model.config.context)), slots + SLOT_UNIT))
 
 
-def prefill(
-    params: Params,
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    cache: KVCache,
-    *,
-    activations: Activations = "float",
-) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Run prompts, of unequal lengths if need be, and give the logits after each one's last token.
+def prefill(model: Executor, prompts: Sequence[Sequence[int]], cache: Any) -> tuple[Float[Array, "batch vocab"], Any]:
+    """Run prompts, of unequal lengths if need be, and give the logits after each one's last token, and the cache.
 
     Raises:
       QjaxError: an empty prompt.
@@ -82,114 +71,76 @@ def prefill(
     last, start = None, 0
     for size in sizes:
         counts = jnp.asarray(np.clip(lengths - start, 0, size))
-        logits, held = forward(
-            params,
-            config,
-            jnp.asarray(tokens[:, start : start + size]),
-            cache,
-            counts=counts,
-            logits_at=jnp.maximum(counts - 1, 0)[:, None],
-            activations=activations,
-        )
-        assert held is not None
-        cache = held
-        last = logits[:, 0] if last is None else jnp.where((counts > 0)[:, None], logits[:, 0], last)
+        at = jnp.maximum(counts - 1, 0)[:, None]
+        chunk = jnp.asarray(tokens[:, start : start + size])
+        logits, cache = model.forward(chunk, cache, counts=counts, logits_at=at)
+        last = logits[:, 0] if last is None else jnp.where(model.home(counts > 0)[:, None], logits[:, 0], last)
         start += size
     assert last is not None
     return last, cache
 
 
-@partial(jax.jit, static_argnames="sampler")
-def choose(
-    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], key: Any, *, sampler: Sampler
-) -> tuple[Int[Array, " batch"], Bool[Array, "batch vocab"], Any]:
-    """The next token of each row, the tokens seen with it, and the next key."""
-    now, later = jax.random.split(key)
-    token = sampler(logits, seen, now)
-    rows = jnp.arange(token.shape[0], dtype=token.dtype)
-    return token, seen.at[rows, token].set(True), later
+def row_keys(seed: int, rows: int) -> Any:
+    """Random keys [rows]: what a row draws does not depend on the others. The first is that of the seed itself."""
+    seeds = (seed + np.arange(rows, dtype=np.uint64)) % (1 << 32)
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
 
 
 def decode(
-    params: Params,
-    config: ModelConfig,
+    model: Executor,
     logits: Float[Array, "batch vocab"],
-    cache: KVCache,
+    cache: Any,
     *,
     prompts: Sequence[Sequence[int]],
     steps: int,
     sampler: Sampler,
-    seed: int = 0,
-    activations: Activations = "float",
+    keys: Any = None,
 ) -> Iterator[np.ndarray]:
     """Up to `steps` tokens of each row, as int32 [batch] arrays, one step at a time.
 
     The next step is under way before a token is handed out, so that reading it does not make the device wait. A cache
-    that is full grows.
+    that is full grows. `keys` are `row_keys`, of seed 0 if None.
     """
     mask = np.zeros(logits.shape, bool)
     for row, prompt in zip(mask, prompts, strict=True):
         row[np.asarray(prompt)] = True
-    advance = _advance_as_one if _as_one_program() else _advance
-    token, seen, key = choose(logits, jnp.asarray(mask), jax.random.key(seed), sampler=sampler)
+    seen, keys = model.home((jnp.asarray(mask), row_keys(0, len(prompts)) if keys is None else keys))
+    token, seen, keys = choose(logits, seen, keys, sampler=sampler)
     # Counted here, since reading it from the device would wait for each step.
-    longest = int(cache.length.max())
+    longest = int(model.lengths(cache).max())
     for step in range(steps):
         now = token
         if step + 1 < steps:
-            cache = _with_room(cache, longest, config.context)
-            token, seen, key, cache = advance(
-                params, config, token, cache, seen, key, sampler=sampler, activations=activations
-            )
+            cache = _with_room(model, cache, longest)
+            token, seen, keys, cache = model.advance(token, cache, seen, keys, sampler=sampler)
             longest += 1
         yield np.asarray(now)
 
 
-def _advance(
-    params: Params,
-    config: ModelConfig,
-    token: Int[Array, " batch"],
-    cache: KVCache,
-    seen: Bool[Array, "batch vocab"],
-    key: Any,
-    *,
-    sampler: Sampler,
-    activations: Activations,
-) -> tuple[Int[Array, " batch"], Bool[Array, "batch vocab"], Any, KVCache]:
-    """One step: the token that follows, what was seen with it, the next key, and the cache."""
-    logits, held = forward(params, config, token[:, None], cache, activations=activations)
-    assert held is not None
-    return *choose(logits[:, 0], seen, key, sampler=sampler), held
-
-
-# All of a step as one program: nothing of Python runs between its layers, on a machine whose cores are all busy.
-_advance_as_one = jax.jit(
-    _advance, static_argnames=("config", "sampler", "activations"), donate_argnames=("cache", "seen")
-)
-
-
-def _as_one_program() -> bool:
-    """Whether a step compiles fast as a whole: XLA:CPU's own loops over tiles, seven a layer, do not."""
-    return jax.default_backend() != "cpu" or native.available()
+def _groups(rows: int, microbatches: int) -> list[slice]:
+    """Rows in groups of nearly one size, no more than there are rows."""
+    count = max(min(rows, microbatches), 1)
+    return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
 
 
 def generate_ids(
-    params: Params,
-    config: ModelConfig,
+    model: Executor,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     sampler: Sampler | None = None,
     seed: int = 0,
     cache_dtype: Any = jnp.float16,
-    activations: Activations = "float",
 ) -> Iterator[np.ndarray]:
     """Tokens that follow the prompts, int32 [batch] a step, for `max_tokens` steps; the caller stops at will.
+
+    Rows are cut into as many groups as keep all stages of the model busy. A row's tokens do not depend on the others.
 
     Raises:
       QjaxError: an empty prompt, a token id that is not in the vocabulary, more tokens than the model's context, or a
         seed that is not 0 to 2**32 - 1.
     """
+    config = model.config
     if not 0 <= seed < 1 << 32:
         raise QjaxError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
     longest = max((len(prompt) for prompt in prompts), default=0)
@@ -202,16 +153,12 @@ def generate_ids(
         )
     if any(not 0 <= token < config.vocab for prompt in prompts for token in prompt):
         raise QjaxError(f"a token id is not in the model's vocabulary of {config.vocab}")
-    cache = init_cache(config, len(prompts), slots_for(longest, min(max_tokens, NEW_SLOTS)), cache_dtype)
-    logits, cache = prefill(params, config, prompts, cache, activations=activations)
-    yield from decode(
-        params,
-        config,
-        logits,
-        cache,
-        prompts=prompts,
-        steps=max_tokens,
-        sampler=sampler or Greedy(),
-        seed=seed,
-        activations=activations,
-    )
+    keys, slots = row_keys(seed, len(prompts)), slots_for(longest, min(max_tokens, NEW_SLOTS))
+    runs = []
+    for rows in _groups(len(prompts), model.microbatches):
+        mine = prompts[rows]
+        logits, cache = prefill(model, mine, model.init_cache(len(mine), slots, cache_dtype))
+        options = {"steps": max_tokens, "sampler": sampler or Greedy(), "keys": keys[rows]}
+        runs.append(decode(model, logits, cache, prompts=mine, **options))
+    for rows in zip(*runs, strict=True):
+        yield np.concatenate(rows)

@@ -2,18 +2,19 @@
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from qjax.errors import QjaxError
 
 Logits = Float[Array, "batch vocab"]
 Seen = Bool[Array, "batch vocab"]
-Key = PRNGKeyArray | UInt32[Array, "2"]
+# One a row: what a row draws does not depend on the others.
+Keys = Any
 # beartype takes no int for a float.
 Number = float | int
 
@@ -118,7 +119,7 @@ class Greedy:
 
     strategies: tuple[Strategy, ...] = ()
 
-    def __call__(self, logits: Logits, seen: Seen, key: Key) -> Int[Array, " batch"]:
+    def __call__(self, logits: Logits, seen: Seen, keys: Keys) -> Int[Array, " batch"]:
         for strategy in self.strategies:
             logits = strategy(logits, seen)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -130,10 +131,10 @@ class Sample:
 
     strategies: tuple[Strategy, ...] = ()
 
-    def __call__(self, logits: Logits, seen: Seen, key: Key) -> Int[Array, " batch"]:
+    def __call__(self, logits: Logits, seen: Seen, keys: Keys) -> Int[Array, " batch"]:
         for strategy in self.strategies:
             logits = strategy(logits, seen)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 Sampler = Greedy | Sample

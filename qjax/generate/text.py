@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from qjax.generate.engine import generate_ids
 from qjax.generate.sampling import Sampler
-from qjax.kernels import Activations
-from qjax.models import ModelConfig
+from qjax.pipeline import Executor
 from qjax.text import StopStrings, StreamDecoder, Tokenizer
 
 
@@ -22,8 +21,7 @@ class Piece:
 
 
 def stream_text(
-    params: dict[str, Any],
-    config: ModelConfig,
+    model: Executor,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     *,
@@ -32,7 +30,6 @@ def stream_text(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     cache_dtype: Any = jnp.float16,
-    activations: Activations = "float",
 ) -> Iterator[Piece]:
     """Continue a prompt of token ids until an end-of-generation token, a stop string, or `max_tokens`.
 
@@ -40,14 +37,12 @@ def stream_text(
     `generate_ids` raises.
     """
     steps = generate_ids(
-        params,
-        config,
+        model,
         [prompt],
         max_tokens=max_tokens,
         sampler=sampler,
         seed=seed,
         cache_dtype=cache_dtype,
-        activations=activations,
     )
     # A str is a sequence of characters too, each of which would stop the text.
     stops = StopStrings([stop] if isinstance(stop, str) else stop)

@@ -10,7 +10,7 @@ Who needs more than logits (what quantizers are calibrated with) walks the layer
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ Tap = Callable[[tuple[str, ...], Any], Any]
 Tapped = dict[tuple[str, ...], Any]
 
 
-def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
+def project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
     """Products of x with the weights of these names, each with its bias if it has one."""
     products = qmatmuls(x, [p[name] for name in names], activations=activations)
     biases = [p.get(f"{name}_bias") for name in names]
@@ -65,8 +65,7 @@ def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: P
     return jax.tree.map(write, cache, stored_as(new, cache))
 
 
-@partial(jax.jit, static_argnames=("config", "activations", "tap"), donate_argnames=("cache",))
-def layer(
+def layer_body(
     p: Params,
     x: Hidden,
     angles: Angles,
@@ -74,24 +73,17 @@ def layer(
     cache: LayerCache,
     *,
     config: ModelConfig,
-    activations: Activations = "float",
-    tap: Tap | None = None,
-) -> tuple[Hidden, LayerCache, Tapped]:
+    products: Callable[..., list[Any]],
+) -> tuple[Hidden, LayerCache]:
     """One decoder layer: attention and SwiGLU, each on a normed input, each added to x.
 
-    Returns:
-      x, the cache, and of each input of a product what `tap` keeps of it, by the names of the weights: those of p.
+    `products(x, *names)` gives the products of x with the weights of these names. Of a layer that is cut over devices
+    this is one device's part, and `config` has its heads.
     """
-    tapped: Tapped = {}
-
-    def project(x: Hidden, *names: str) -> list[Any]:
-        if tap is not None:
-            tapped[names] = tap(names, x)
-        return _project(x, p, names, activations)
 
     batch, seq, _ = x.shape
     h = rms_norm(x, p["attn_norm"], config.norm_eps)
-    q, k, v = project(h, "attn_q", "attn_k", "attn_v")
+    q, k, v = products(h, "attn_q", "attn_k", "attn_v")
     q = q.reshape(batch, seq, config.heads, config.head_dim)
     k = k.reshape(batch, seq, config.kv_heads, config.head_dim)
     v = v.reshape(batch, seq, config.kv_heads, config.head_dim)
@@ -104,10 +96,37 @@ def layer(
         keys, values = _store(cache[0], k, positions), _store(cache[1], v, positions)
         cache = (keys, values)
     a = attend(q, keys, values, positions, config.window).reshape(batch, seq, config.heads * config.head_dim)
-    x = x + project(a, "attn_output")[0]
+    x = x + products(a, "attn_output")[0]
     h = rms_norm(x, p["ffn_norm"], config.norm_eps)
-    gate, up = project(h, "ffn_gate", "ffn_up")
-    return x + project(swiglu(gate, up), "ffn_down")[0], cache, tapped
+    gate, up = products(h, "ffn_gate", "ffn_up")
+    return x + products(swiglu(gate, up), "ffn_down")[0], cache
+
+
+@partial(jax.jit, static_argnames=("config", "activations", "tap"), donate_argnames=("cache",))
+def layer(
+    p: Params,
+    x: Hidden,
+    angles: Angles,
+    positions: Positions,
+    cache: LayerCache,
+    *,
+    config: ModelConfig,
+    activations: Activations = "float",
+    tap: Tap | None = None,
+) -> tuple[Hidden, LayerCache, Tapped]:
+    """`layer_body` of whole weights.
+
+    Returns:
+      x, the cache, and of each input of a product what `tap` keeps of it, by the names of the weights: those of p.
+    """
+    tapped: Tapped = {}
+
+    def products(x: Hidden, *names: str) -> list[Any]:
+        if tap is not None:
+            tapped[names] = tap(names, x)
+        return project(x, p, names, activations)
+
+    return *layer_body(p, x, angles, positions, cache, config=config, products=products), tapped
 
 
 @jax.jit
@@ -116,12 +135,17 @@ def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Hidden:
     return qtake(params["token_embd"], tokens)
 
 
+def turns(params: Params, seq: int, start: Int[Array, " batch"]) -> tuple[Angles, Positions]:
+    """Rotary angles and positions of `seq` tokens a row whose first ones stand at positions `start`."""
+    positions = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
+    return rope_angles(positions, params["rope"]), positions
+
+
 def begin(
     params: Params, tokens: Int[Array, "batch seq"], start: Int[Array, " batch"]
 ) -> tuple[Hidden, Angles, Positions]:
     """What the first layer is given of tokens whose first ones stand at positions `start`."""
-    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return embed({"token_embd": params["token_embd"]}, tokens), rope_angles(positions, params["rope"]), positions
+    return embed({"token_embd": params["token_embd"]}, tokens), *turns(params, tokens.shape[1], start)
 
 
 @partial(jax.jit, static_argnames=("config", "activations"))
@@ -134,11 +158,24 @@ def head(
     activations: Activations,
 ) -> Float[Array, "batch n vocab"]:
     """Logits of all positions, or of positions `at[b]` of each row b only."""
+    x = before_head(params, x, at, config=config)
+    # Tied embeddings: the packed array serves both ends.
+    return qmatmul(x, params.get("output", params.get("token_embd")), activations=activations)
+
+
+def before_head(params: Params, x: Hidden, at: Int[Array, "batch n"] | None, *, config: ModelConfig) -> Any:
+    """What the output matrix is multiplied with, of positions `at` only if these are given."""
     if at is not None:
         x = jnp.take_along_axis(x, at[:, :, None], axis=1)
-    x = rms_norm(x, params["output_norm"], config.norm_eps)
-    # Tied embeddings: the packed array serves both ends.
-    return qmatmul(x, params.get("output", params["token_embd"]), activations=activations)
+    return rms_norm(x, params["output_norm"], config.norm_eps)
+
+
+class Programs(NamedTuple):
+    """The three programs that a model is made of: called as `embed`, `layer` and `head` are."""
+
+    embed: Callable[..., Any]
+    layer: Callable[..., Any]
+    head: Callable[..., Any]
 
 
 def forward(
@@ -165,19 +202,52 @@ def forward(
     Returns:
       float32 logits [batch, seq (or n of logits_at), vocab], and the cache.
     """
-    batch, seq = tokens.shape
+    return run_part(
+        params, config, tokens, cache, counts=counts, logits_at=logits_at, activations=activations, ends=(True, True)
+    )
+
+
+def run_part(
+    params: Params,
+    config: ModelConfig,
+    x: Int[Array, "batch seq"] | Hidden,
+    cache: KVCache | None,
+    *,
+    ends: tuple[bool, bool],
+    counts: Int[Array, " batch"] | None = None,
+    logits_at: Int[Array, "batch n"] | None = None,
+    activations: Activations = "float",
+    programs: "Programs | None" = None,
+) -> tuple[Any, KVCache | None]:
+    """`forward` of consecutive layers, with the embedding and the head or without.
+
+    Args:
+      params: {"rope", "layers"}, and of the ends that this part has what `forward` is given of them.
+      x: tokens of the first part, else what the part before returned.
+      cache: of these layers.
+      ends: whether this is the model's first part, and whether it is its last.
+      programs: what is called in place of `embed`, `layer` and `head` where weights are cut over devices.
+
+    Returns:
+      logits of the last part, else float32 hidden states [batch, seq, hidden]; and the cache.
+    """
+    programs = programs or Programs(embed, layer, head)
+    batch, seq = x.shape[:2]
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-    x, angles, positions = begin(params, tokens, start)
+    angles, positions = turns(params, seq, start)
+    if ends[0]:
+        x = programs.embed({"token_embd": params["token_embd"]}, x)
     keys, values = [], []
     for i, p in enumerate(params["layers"]):
         held = None if cache is None else (cache.keys[i], cache.values[i])
-        x, held, _ = layer(p, x, angles, positions, held, config=config, activations=activations)
+        x, held, *_ = programs.layer(p, x, angles, positions, held, config=config, activations=activations)
         if held is not None:
             keys.append(held[0])
             values.append(held[1])
-    ends = {name: params[name] for name in ("token_embd", "output", "output_norm") if name in params}
-    logits = head(ends, x, logits_at, config=config, activations=activations)
+    if ends[1]:
+        mine = {name: params[name] for name in ("token_embd", "output", "output_norm") if name in params}
+        x = programs.head(mine, x, logits_at, config=config, activations=activations)
     if cache is not None:
         grown = start + (jnp.full(batch, seq, jnp.int32) if counts is None else counts.astype(jnp.int32))
         cache = KVCache(tuple(keys), tuple(values), grown)
-    return logits, cache
+    return x, cache

@@ -53,12 +53,10 @@ def bench(
     load_seconds = time.perf_counter() - start
     with progress_bar("measuring") as advance:
         rows = measure(
-            opened.params,
-            opened.config,
+            opened.executor(activations),
             pp=pp,
             tg=tg,
             repeat=repeat,
-            activations=activations,
             cache_dtype=jnp.int8 if kv_cache == "int8" else jnp.float16,
             progress=lambda test, done, total: advance(done, total, test),
         )

@@ -68,7 +68,7 @@ def demo(out: Path, *, as_json: bool = False) -> dict[str, Any]:
 def _rates(models: dict[str, api.Model]) -> list[float]:
     """Median tokens per second of each model; they take turns, so that a busy machine is busy for all."""
     rounds = [
-        [measure(model.params, model.config, pp=0, tg=64, repeat=1)[0].tokens_per_second for model in models.values()]
+        [measure(model.executor(), pp=0, tg=64, repeat=1)[0].tokens_per_second for model in models.values()]
         for _ in range(5)
     ]
     return [statistics.median(rates) for rates in zip(*rounds, strict=True)]

@@ -17,7 +17,7 @@ from qjax.evaluate import speed
 from qjax.evaluate.shapes import llama
 from qjax.evaluate.speed import limit_threads, measure, peak_bytes
 from qjax.evaluate.synthetic import synthetic_params
-from qjax.generate import engine
+from qjax.pipeline import Pipeline, one_stage
 
 CONFIG = llama(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, vocab=512, context=600)
 
@@ -29,37 +29,37 @@ def params() -> dict[str, Any]:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call of `forward`."""
+    """Tokens a row of each call of a model."""
     lengths: list[int] = []
-    real: Callable = engine.forward
 
-    def spy(params: Any, config: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
-        lengths.append(tokens.shape[1])
-        return real(params, config, tokens, *rest, **options)
+    def watch(name: str, tokens_of: Callable[[Any], int]) -> None:
+        real: Callable = getattr(Pipeline, name)
 
-    monkeypatch.setattr(engine, "forward", spy)
-    monkeypatch.setattr(speed, "forward", spy)
+        def spy(self: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+            lengths.append(tokens_of(tokens))
+            return real(self, tokens, *rest, **options)
+
+        monkeypatch.setattr(Pipeline, name, spy)
+
+    watch("forward", lambda tokens: tokens.shape[1])
+    watch("advance", lambda tokens: 1)
     return lengths
 
 
 def test_rows_are_those_of_llama_bench(params: dict[str, Any]) -> None:
-    rows = measure(params, CONFIG, pp=40, tg=6, repeat=3)
+    rows = measure(one_stage(params, CONFIG), pp=40, tg=6, repeat=3)
     assert [row.test for row in rows] == ["pp40", "tg6"]
     for row in rows:
         assert len(row.samples) == 3
         assert min(row.samples) > 0
         assert row.tokens_per_second == pytest.approx(statistics.fmean(row.samples))
         assert row.std == pytest.approx(statistics.stdev(row.samples))
-    assert [row.test for row in measure(params, CONFIG, pp=0, tg=2, repeat=1)] == ["tg2"]
-    assert [(row.test, row.std) for row in measure(params, CONFIG, pp=5, tg=0, repeat=1)] == [("pp5", 0.0)]
+    assert [row.test for row in measure(one_stage(params, CONFIG), pp=0, tg=2, repeat=1)] == ["tg2"]
+    assert [(row.test, row.std) for row in measure(one_stage(params, CONFIG), pp=5, tg=0, repeat=1)] == [("pp5", 0.0)]
 
 
-def test_what_runs_is_what_the_row_says(
-    params: dict[str, Any], forwards: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of a step that is one program, only the tracing would be seen.
-    monkeypatch.setattr(engine, "_as_one_program", lambda: False)
-    measure(params, CONFIG, pp=40, tg=6, repeat=2)
+def test_what_runs_is_what_the_row_says(params: dict[str, Any], forwards: list[int]) -> None:
+    measure(one_stage(params, CONFIG), pp=40, tg=6, repeat=2)
     # Warm-up and two samples of 40 tokens: two small chunks each.
     assert forwards[:6] == [32, 32] * 3
     # A prompt of one token, then a forward a token: 4 to warm up, 6 a sample.
@@ -80,7 +80,7 @@ def test_nothing_is_compiled_while_the_clock_runs(params: dict[str, Any]) -> Non
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     # A chunk and a cache that no other test has compiled for.
-    measure(params, CONFIG, pp=300, tg=12, repeat=2, cache_dtype=jnp.bfloat16, progress=progress)
+    measure(one_stage(params, CONFIG), pp=300, tg=12, repeat=2, cache_dtype=jnp.bfloat16, progress=progress)
     assert compiled
     assert at["pp300", 0] == at["pp300", 2] > 0
     assert at["tg12", 0] == at["tg12", 2]
@@ -89,7 +89,7 @@ def test_nothing_is_compiled_while_the_clock_runs(params: dict[str, Any]) -> Non
 def test_the_clock_divides_tokens_by_seconds(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_time_prefill", lambda *_: 0.5)
     monkeypatch.setattr(speed, "_time_decode", lambda *_: 2.0)
-    prefill, decode = measure(params, CONFIG, pp=100, tg=10, repeat=2)
+    prefill, decode = measure(one_stage(params, CONFIG), pp=100, tg=10, repeat=2)
     assert prefill.samples == [200.0, 200.0]
     assert decode == speed.Row("tg10", 5.0, 0.0, [5.0, 5.0])
 
@@ -106,7 +106,7 @@ def test_the_clock_divides_tokens_by_seconds(params: dict[str, Any], monkeypatch
 )
 def test_bad_sizes_are_errors(params: dict[str, Any], pp: int, tg: int, repeat: int, message: str) -> None:
     with pytest.raises(QjaxError, match=message):
-        measure(params, CONFIG, pp=pp, tg=tg, repeat=repeat)
+        measure(one_stage(params, CONFIG), pp=pp, tg=tg, repeat=repeat)
 
 
 def test_peak_covers_what_was_resident() -> None:

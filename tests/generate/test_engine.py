@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qjax.errors import QjaxError
 from qjax.generate import engine, generate_ids, make_sampler, prefill, slots_for
 from qjax.generate.engine import LARGE_CHUNK, SLOT_UNIT, SMALL_CHUNK, chunk_sizes
-from qjax.models import forward, init_cache
+from qjax.models import forward
+from qjax.pipeline import Pipeline, one_stage, stage
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -23,7 +24,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 def texts(made: Any, prompts: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[int]]:
     """The tokens of each row; the cache holds what it is given."""
     options = {"cache_dtype": jnp.float32} | options
-    steps = list(generate_ids(made.params, made.config, prompts, max_tokens=n, **options))
+    steps = list(generate_ids(one_stage(made.params, made.config), prompts, max_tokens=n, **options))
     assert all(step.dtype == np.int32 for step in steps)
     return np.stack(steps, axis=1).tolist()
 
@@ -50,24 +51,26 @@ def test_slots_leave_room_for_padding_and_answer(prompt: int, new: int) -> None:
 def test_any_prompt_runs_in_few_programs(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
 
-    def spy(params: Any, config: Any, tokens: Any, *args: Any, **options: Any) -> Any:
-        seen.add(tokens.shape)
-        return forward(params, config, tokens, *args, **options)
+    real = Pipeline.forward
 
-    monkeypatch.setattr(engine, "forward", spy)
+    def spy(self: Any, tokens: Any, *args: Any, **options: Any) -> Any:
+        seen.add(tokens.shape)
+        return real(self, tokens, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "forward", spy)
     for length in (1, 31, 32, 33, 150, 193, 512, 513, 600):
         texts(made, [prompt_of(length)], 2)
-    assert seen == {(1, 1), (1, SMALL_CHUNK), (1, LARGE_CHUNK)}
+    assert seen == {(1, SMALL_CHUNK), (1, LARGE_CHUNK)}
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 230, 520])
 def test_prefill_gives_the_logits_of_the_last_token(made: Any, length: int) -> None:
     prompt = prompt_of(length)
-    cache = init_cache(made.config, 1, slots_for(length, 0), jnp.float32)
-    logits, cache = prefill(made.params, made.config, [prompt], cache)
+    model = one_stage(made.params, made.config)
+    logits, cache = prefill(model, [prompt], model.init_cache(1, slots_for(length, 0), jnp.float32))
     whole, _ = forward(made.params, made.config, jnp.asarray([prompt], jnp.int32))
     np.testing.assert_allclose(np.asarray(logits), np.asarray(whole[:, -1]), atol=2e-5)
-    assert cache.length.tolist() == [length]
+    assert model.lengths(cache).tolist() == [length]
 
 
 @pytest.mark.parametrize("length", [1, 40])
@@ -123,9 +126,9 @@ def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[
     seen = []
     with_room = engine._with_room
 
-    def spy(*arguments: Any) -> Any:
-        cache = with_room(*arguments)
-        seen.append(cache.slots)
+    def spy(model: Any, *arguments: Any) -> Any:
+        cache = with_room(model, *arguments)
+        seen.append(model.slots(cache))
         return cache
 
     monkeypatch.setattr(engine, "_with_room", spy)
@@ -136,7 +139,7 @@ def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_step_is_one_program_or_many(made: Any, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     expected = texts(made, [prompt_of(5), prompt_of(9)], 12)
-    monkeypatch.setattr(engine, "_as_one_program", lambda: whole)
+    monkeypatch.setattr(stage, "compiles_fast", lambda platform: whole)
     assert texts(made, [prompt_of(5), prompt_of(9)], 12) == expected
 
 
@@ -151,8 +154,8 @@ def test_the_cache_grows_when_it_is_full(made: Any, monkeypatch: pytest.MonkeyPa
 def test_a_large_context_costs_nothing_until_it_is_used(made: Any) -> None:
     """A cache for all of these tokens would take gigabytes."""
     config = dataclasses.replace(made.config, context=(1 << 24) - 1)
-    steps = generate_ids(made.params, config, [[1]], max_tokens=(1 << 24) - 2)
-    assert next(steps).tolist() == next(generate_ids(made.params, made.config, [[1]], max_tokens=1)).tolist()
+    steps = generate_ids(one_stage(made.params, config), [[1]], max_tokens=(1 << 24) - 2)
+    assert next(steps).tolist() == next(generate_ids(one_stage(made.params, made.config), [[1]], max_tokens=1)).tolist()
 
 
 def test_a_cache_that_grew_gives_the_same_tokens(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

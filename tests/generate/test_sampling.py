@@ -46,6 +46,10 @@ def probabilities(x: Any) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def keys(seed: int, rows: int) -> Any:
+    return jax.random.split(jax.random.key(seed), rows)
+
+
 def kept(x: Any) -> np.ndarray:
     return np.asarray(x) > -np.inf
 
@@ -58,7 +62,7 @@ def unchanged(before: Any, after: Any) -> bool:
 
 @given(logits(), st.integers(0, 2**32 - 1))
 def test_the_top_one_is_greedy(x: jax.Array, seed: int) -> None:
-    key = jax.random.key(seed)
+    key = keys(seed, len(x))
     greedy = Greedy()(x, NOTHING_SEEN, key)
     np.testing.assert_array_equal(np.asarray(greedy), np.asarray(x).argmax(axis=-1))
     for alone in (TopK(1), TopP(1e-6), TopP(1e-45), MinP(1.0), Temperature(1e-30), Temperature(5e-324)):
@@ -135,7 +139,7 @@ def test_what_is_ruled_out_is_never_drawn(x: jax.Array, strategies: list[Strateg
         left = strategy(left, NOTHING_SEEN)
     assert kept(left).any(axis=-1).all()
     assert not np.isnan(np.asarray(left)).any()
-    token = np.asarray(Sample(tuple(strategies))(x, NOTHING_SEEN, jax.random.key(seed)))
+    token = np.asarray(Sample(tuple(strategies))(x, NOTHING_SEEN, keys(seed, len(x))))
     assert token.dtype == np.int32
     assert kept(left)[np.arange(ROWS), token].all()
 
@@ -143,14 +147,14 @@ def test_what_is_ruled_out_is_never_drawn(x: jax.Array, strategies: list[Strateg
 def test_draws_follow_the_probabilities() -> None:
     n, shares = 20_000, np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
     x = jnp.tile(jnp.asarray(np.log(shares), jnp.float32)[None], (n, 1))
-    tokens = np.asarray(Sample()(x, jnp.zeros(x.shape, bool), jax.random.key(3)))
+    tokens = np.asarray(Sample()(x, jnp.zeros(x.shape, bool), keys(3, len(x))))
     found = np.bincount(tokens, minlength=shares.size) / n
     assert (np.abs(found - shares) < 5 * np.sqrt(shares * (1 - shares) / n)).all()
 
 
 def test_a_key_decides() -> None:
     x = jnp.zeros((ROWS, VOCAB), jnp.float32)
-    draws = [np.asarray(Sample()(x, NOTHING_SEEN, jax.random.key(seed))) for seed in (1, 1, 2)]
+    draws = [np.asarray(Sample()(x, NOTHING_SEEN, keys(seed, len(x)))) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).any()
 

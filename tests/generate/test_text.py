@@ -7,6 +7,7 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.generate import Greedy, Piece, stream_text
+from qjax.pipeline import one_stage
 
 Saying = Callable[[list[int]], Greedy]
 
@@ -18,7 +19,9 @@ def letters(made: Any, text: str) -> list[int]:
 
 
 def pieces(made: Any, sampler: Greedy, n: int, **options: Any) -> list[Piece]:
-    return list(stream_text(made.params, made.config, made.tokenizer, [1], max_tokens=n, sampler=sampler, **options))
+    return list(
+        stream_text(one_stage(made.params, made.config), made.tokenizer, [1], max_tokens=n, sampler=sampler, **options)
+    )
 
 
 def text(got: list[Piece]) -> str:

@@ -17,6 +17,7 @@ from qjax.evaluate.compare import Candidate, compare
 from qjax.formats.gguf import open_gguf
 from qjax.generate import Greedy, generate_ids
 from qjax.models import ModelConfig, forward, init_cache, load_gguf
+from qjax.pipeline import one_stage
 from qjax.text import Tokenizer
 
 pytestmark = pytest.mark.interop
@@ -131,5 +132,7 @@ def test_logits_and_greedy_text_equal_transformers(interop: Path) -> None:
         ids, logits, greedy = stored["ids"], stored["logits"], stored["greedy"]
     got, _ = forward(m.params, m.config, jnp.asarray(ids, jnp.int32)[None])
     assert worst(got[0], logits) < 1e-5
-    steps = generate_ids(m.params, m.config, [ids.tolist()], max_tokens=48, sampler=Greedy(), cache_dtype=jnp.float32)
+    steps = generate_ids(
+        one_stage(m.params, m.config), [ids.tolist()], max_tokens=48, sampler=Greedy(), cache_dtype=jnp.float32
+    )
     assert [*ids.tolist(), *(int(step[0]) for step in steps)] == greedy.tolist()
