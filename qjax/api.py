@@ -30,12 +30,12 @@ from qjax.formats.push import push_folder
 from qjax.formats.source import Source, open_source
 from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
-from qjax.kernels.layout import lay_out
+from qjax.kernels.layout import lay_out as kernels_layout
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.folder import NOTHING_KNOWN, save_folder
-from qjax.models.load import Make, Place, gguf_tensors, keep
+from qjax.models.load import Make, Place, checked_config, gguf_tensors, put
 from qjax.models.rewrite import PLAIN_TYPES
-from qjax.pipeline import Executor, one_stage
+from qjax.pipeline import Executor, Placing, Plan, one_stage
 from qjax.quantizers.ggml import Effort
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
@@ -52,6 +52,7 @@ class Model:
       metadata, metadata_types: the file's, for saving.
       source: the file it came from.
       found: how each matrix that no ggml type holds was found, by its GGUF name; see `Found`.
+      placing: the plan by which the params were put on several devices, if they were.
     """
 
     params: dict[str, Any] = dataclasses.field(repr=False)
@@ -60,6 +61,7 @@ class Model:
     metadata_types: Mapping[str, str] = dataclasses.field(repr=False)
     source: Path
     found: Mapping[str, Found] = dataclasses.field(default_factory=dict, repr=False)
+    placing: Placing | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -77,6 +79,8 @@ class Model:
 
     def executor(self, activations: Activations | None = None) -> Executor:
         """What runs the model where its weights are; `activations` as in `stream`."""
+        if self.placing is not None:
+            return self.placing.pipeline(self.params, activations)
         return one_stage(self.params, self.config, activations or default_activations())
 
     def stream(
@@ -209,7 +213,8 @@ def load(
     imatrix: str | Path | None = None,
     effort: Effort = "normal",
     calibration: str | Path | np.ndarray | Calibration | None = None,
-    place: Place = keep,
+    place: Place = put,
+    plan: Plan | str | Path | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:
     """Open a model with its weights packed.
@@ -224,6 +229,7 @@ def load(
       effort: of the encoders, for a mix: "high" makes better blocks of the same bytes, in several times the time.
       calibration: what a recipe looks at: a text file, "wikitext-2", token ids, or a `Calibration` with how much of it.
       place: `place(name, array) -> array` puts each array where it shall live.
+      plan: which layers live on which devices, in place of `place`; see `qjax plan`.
       progress: told each tensor's name, or of a recipe each block's number, once it is loaded.
 
     Raises:
@@ -240,17 +246,21 @@ def load(
         raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
     path = locate(model)
     file = open_source(path)
+    placing, lay_out = None, kernels_layout
+    if plan is not None:
+        placing = Placing(plan, checked_config(file), "output.weight" not in file.tensors)
+        lay_out, place = placing.lay_out, placing.place
     if isinstance(make, recipes.Recipe):
         given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
         step = lambda done, total, note: progress(f"block {done} of {total}")
         params, config = _by_recipe(file, make, given, lay_out=lay_out, place=place, progress=step)
-        return Model(params, config, file.metadata, file.metadata_types, path)
+        return Model(params, config, file.metadata, file.metadata_types, path, placing=placing)
     if mix is not None:
         make = _by_mix(file, mix, imatrix, effort)
     if make is not None:
         rewrite.check_quantizable(file)
     params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
-    return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found))
+    return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found), placing)
 
 
 def _named(name: str, f: Callable[[Any], Any], array: Any) -> Any:

@@ -28,6 +28,7 @@ from qjax.models.load import (
     Place,
     checked_config,
     keep,
+    put,
     layer_tensor,
     layer_tensors,
     read_array,
@@ -90,7 +91,7 @@ def quantize_blocks(
     batch: int = 8,
     checkpoints: Checkpoints | None = None,
     lay_out: LayOut = keep,
-    place: Place = keep,
+    place: Place = put,
     progress: Progress = lambda done, total, note: None,
 ) -> Quantized:
     """Every matrix that has a scheme packed by the method, the embedding and the output matrix to nearest.
@@ -116,7 +117,7 @@ def quantize_blocks(
     ends, lines = _rounded_ends(model, schemes)
     blocks = _Blocks(model, method, schemes, ends["token_embd"], tokens if method.needs_inputs else None, batch)
     params = {key: value for key, value in ends.items() if key not in _NAMES}
-    params["rope"] = place("rope", jax.device_put(params["rope"]))
+    params["rope"] = place("rope", params["rope"])
     for key in [key for key in _NAMES if key in ends]:
         # Of an embedding only rows are looked up, unless it is the output's matrix too.
         looked_up = key == "token_embd" and "output" in model.ends
@@ -202,7 +203,7 @@ def _check_finite(name: str, w: Any) -> None:
 def _placed(model: FloatModel, name: str, array: Any, lay_out: LayOut, place: Place) -> Any:
     if array.ndim == 2:
         array = lay_out(name, array)
-    array = place(name, jax.device_put(array))
+    array = place(name, array)
     model.release(name)
     return array
 

@@ -46,7 +46,7 @@ def number(text: str) -> float:
 
 def byte_count(text: str) -> int:
     """Bytes of "2GiB"."""
-    from qjax.runs.sizes import parse_size
+    from qjax.sizes import parse_size
 
     try:
         return parse_size(text)

@@ -10,11 +10,15 @@ from qjax.arrays.planes import Plane
 from qjax.kernels import native
 
 
-def lay_out(name: str, array: Any) -> Any:
-    """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter."""
+def lay_out(name: str, array: Any, platform: str | None = None) -> Any:
+    """The array in lanes where the CPU kernels will run and lanes serve it, else as it is. The name does not matter.
+
+    `platform` is that of the device which will multiply with it; None for JAX's default.
+    """
     if isinstance(array, TransformedArray):
-        return array.replace(inner=lay_out(name, array.inner))  # pyright: ignore[reportAttributeAccessIssue]
-    if jax.default_backend() == "cpu" and serves_lanes(array) is None and native.knows(array) and native.available():
+        inner = lay_out(name, array.inner, platform)
+        return array.replace(inner=inner)  # pyright: ignore[reportAttributeAccessIssue]
+    if (platform or jax.default_backend()) == "cpu" and serves_lanes(array) is None and native.knows(array) and native.available():
         return to_lanes(array, _repack, native.empty)
     return array
 

@@ -173,8 +173,13 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
 
 
 def keep(_: str, array: Any) -> Any:
-    """The `place` and the `lay_out` that leave an array as it is."""
+    """The `lay_out` that leaves an array as it is."""
     return array
+
+
+def put(_: str, array: Any) -> Any:
+    """The `place` of JAX's default device."""
+    return jax.device_put(array)
 
 
 def warn_kept(name: str, kind: str) -> None:
@@ -187,7 +192,7 @@ def load_gguf(
     *,
     make: Make | None = None,
     lay_out: LayOut = keep,
-    place: Place = keep,
+    place: Place = put,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Params and config of an open GGUF file or Hugging Face folder.
@@ -197,7 +202,7 @@ def load_gguf(
       lay_out: `lay_out(name, array) -> array`, asked for each matrix that is multiplied with, made ones included: the
         array in the memory layout that kernels want. Its leaves are numpy's, or JAX arrays after `make`; both may
         come back.
-      place: `place(name, array) -> array`: puts an array where it shall live.
+      place: `place(name, array) -> array`: puts an array, whose leaves may be numpy's, where it shall live.
       progress: told each tensor's name once it is loaded.
 
     Raises:
@@ -219,13 +224,13 @@ def load_gguf(
         # Of an embedding only rows are looked up, unless it is the output's matrix too.
         if array.ndim == 2 and (name != "token_embd.weight" or "output.weight" not in file.tensors):
             array = lay_out(name, array)
-        array = place(name, jax.device_put(array))
+        array = place(name, array)
         file.release(name)
         progress(name)
         return array
 
     params = read_ends(file, config, get)
-    params["rope"] = place("rope", jax.device_put(params["rope"]))
+    params["rope"] = place("rope", params["rope"])
     params["layers"] = [
         {key: get(name) for key, name in layer_tensors(file, config, i).items()} for i in range(config.layers)
     ]

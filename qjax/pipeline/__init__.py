@@ -1,9 +1,11 @@
-"""Where a model's layers live: stages on devices, and the executors that run them."""
+"""One model over several devices: where its layers lie, what that costs, and the executors that run it there."""
 
+from qjax.pipeline.devices import Device as Device
 from qjax.pipeline.executor import Executor as Executor
 from qjax.pipeline.executor import Pipeline as Pipeline
 from qjax.pipeline.executor import one_stage as one_stage
+from qjax.pipeline.placing import Placing as Placing
+from qjax.pipeline.plan import Plan as Plan
+from qjax.pipeline.plan import StagePlan as StagePlan
 from qjax.pipeline.stage import Stage as Stage
 from qjax.pipeline.stage import choose as choose
-from qjax.pipeline.tensor_parallel import cut as cut
-from qjax.pipeline.tensor_parallel import model_mesh as model_mesh

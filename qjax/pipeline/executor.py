@@ -84,10 +84,10 @@ class Pipeline:
         return tuple(stage.init_cache(batch, slots, dtype) for stage in self.stages)
 
     def slots(self, cache: tuple[KVCache, ...]) -> int:
-        return cache[0].slots
+        return next(part.slots for part in cache if part.keys)
 
     def grow(self, cache: tuple[KVCache, ...], slots: int) -> tuple[KVCache, ...]:
-        return tuple(grow_cache(part, slots) for part in cache)
+        return tuple(grow_cache(part, slots) if part.keys else part for part in cache)
 
     def lengths(self, cache: tuple[KVCache, ...]) -> Int[Array, " batch"]:
         return cache[0].length

@@ -23,6 +23,13 @@ Sampler = Any
 Where = jax.Device | Mesh | None
 
 
+def platform_of(where: Where) -> str:
+    """JAX's name of the kind of device: "cpu", "gpu", "tpu"."""
+    if where is None:
+        return jax.default_backend()
+    return (where.devices.flat[0] if isinstance(where, Mesh) else where).platform
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """Params of consecutive layers where they live, and how they are run.
@@ -51,9 +58,7 @@ class Stage:
 
     @property
     def platform(self) -> str:
-        if isinstance(self.where, Mesh):
-            return self.where.devices.flat[0].platform
-        return jax.default_backend() if self.where is None else self.where.platform
+        return platform_of(self.where)
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from qjax.runs.config import QuantizeConfig, load_config
 from qjax.runs.console import progress_bar
 from qjax.runs.quantize import quantize_file
 from qjax.runs.quantize_blocks import Job, output_at, quantize_model
-from qjax.runs.sizes import parse_size
+from qjax.sizes import parse_size
 
 
 def quantize_from_config(path: Path, *, fresh: bool = False) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.runs.sizes import parse_size
+from qjax.sizes import parse_size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""A plan carried out: each tensor goes from the file to its device, packed, and the stages are put together."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qjax.errors import QjaxError
+from qjax.kernels import Activations, default_activations
+from qjax.kernels.layout import lay_out
+from qjax.models import ModelConfig
+from qjax.models.forward import Params
+from qjax.models.load import TOP
+from qjax.pipeline.executor import Pipeline
+from qjax.pipeline.plan import Plan
+from qjax.pipeline.stage import Stage, Where, platform_of
+from qjax.pipeline.tensor_parallel import cut, model_mesh
+
+
+def local_device(name: str) -> jax.Device:
+    """JAX's device of a name such as "cuda:0".
+
+    Raises:
+      QjaxError: this process has none of that name; lists those that it has.
+    """
+    kind, _, index = name.partition(":")
+    try:
+        return jax.local_devices(backend=kind)[int(index or 0)]
+    except (RuntimeError, IndexError):
+        found = ", ".join(_name(device) for device in jax.local_devices())
+        raise QjaxError(f"there is no device {name} here; there are {found} (and cpu:0)") from None
+
+
+def _name(device: jax.Device) -> str:
+    kind = "cuda" if device.platform == "gpu" else device.platform
+    return f"{kind}:{device.local_hardware_id if device.local_hardware_id is not None else device.id}"
+
+
+@dataclasses.dataclass(eq=False)
+class Placing:
+    """`lay_out` and `place` for loading a model by a plan, and the executor of what was loaded.
+
+    Of a matrix that both ends share and that do not lie together, the last stage gets a copy of its own.
+    """
+
+    plan: Plan
+    config: ModelConfig
+    tied: bool
+
+    def __post_init__(self) -> None:
+        if self.plan.layers != self.config.layers:
+            raise QjaxError(f"the plan places {self.plan.layers} layers, the model has {self.config.layers}")
+        self._copy: Any = None
+        for stage, where in zip(self.plan.stages, self.where, strict=True):
+            if stage.streamed:
+                raise QjaxError(f"layers {stage.layers} are planned to be streamed, which no executor does yet")
+            if isinstance(where, Mesh):
+                # Whether the heads can be shared out is said before anything is loaded.
+                cut("attn_norm", 0, where, self.config)
+
+    @functools.cached_property
+    def where(self) -> tuple[Where, ...]:
+        """Device or mesh of each stage."""
+        found = [[local_device(name) for name in stage.devices] for stage in self.plan.stages]
+        return tuple(devices[0] if len(devices) == 1 else model_mesh(devices) for devices in found)
+
+    def _stage(self, name: str) -> int:
+        """The stage that a tensor of the file belongs to."""
+        if name.startswith("blk."):
+            i = int(name.split(".")[1])
+            return next(k for k, stage in enumerate(self.plan.stages) if i in stage.layers)
+        return len(self.where) - 1 if name.startswith("output") else 0
+
+    def lay_out(self, name: str, array: Any) -> Any:
+        """The layout for the kernels of the device that multiplies with the array; of a mesh, its parts get theirs."""
+        where = self.where[-1 if name == "token_embd.weight" and self.tied else self._stage(name)]
+        return array if isinstance(where, Mesh) else lay_out(name, array, platform_of(where))
+
+    def place(self, name: str, array: Any) -> Any:
+        """The array on its device, or cut over its mesh."""
+        where = self.where[self._stage(name)]
+        if name == "token_embd.weight" and self.tied and self.where[-1] is not where:
+            self._copy = self._on(self.where[-1], name, array)
+        return self._on(where, name, array)
+
+    def _on(self, where: Where, name: str, array: Any) -> Any:
+        if not isinstance(where, Mesh):
+            return jax.device_put(array, where)
+        key = TOP.get(name) or _key(name)
+        part_layout = lambda name, part: lay_out(name, part, platform_of(where))
+        return cut(key, array, where, self.config, part_layout)
+
+    def pipeline(self, params: Params, activations: Activations | None = None) -> Pipeline:
+        """The executor of params that were loaded by this; `activations` None for each device's default."""
+        stages, last = [], len(self.where) - 1
+        for k, (planned, where) in enumerate(zip(self.plan.stages, self.where, strict=True)):
+            mine: Params = {"layers": [params["layers"][i] for i in planned.layers]}
+            mine["rope"] = self._on(where, "rope", params["rope"])
+            if k == 0:
+                mine["token_embd"] = params["token_embd"]
+            if k == last:
+                mine["output_norm"] = params["output_norm"]
+                if "output" in params:
+                    mine["output"] = params["output"]
+                else:
+                    mine["token_embd"] = params["token_embd"] if self._copy is None else self._copy
+            chosen = activations or self.plan.activations or default_activations(platform_of(where))
+            stages.append(Stage(mine, self.config, where, (k == 0, k == last), chosen))
+        return Pipeline(tuple(stages))
+
+
+def _key(name: str) -> str:
+    """What `params` calls a tensor of a layer: "attn_q", "attn_q_bias"."""
+    parts = name.split(".")
+    if len(parts) != 4:
+        return name
+    return parts[2] + ("_bias" if parts[3] == "bias" else "")
