@@ -80,7 +80,7 @@ class Model:
     def executor(self, activations: Activations | None = None) -> Executor:
         """What runs the model where its weights are; `activations` as in `stream`."""
         if self.placing is not None:
-            return self.placing.pipeline(self.params, activations)
+            return self.placing.executor(self.params, activations)
         return one_stage(self.params, self.config, activations or default_activations())
 
     def stream(
@@ -259,7 +259,8 @@ def load(
         make = _by_mix(file, mix, imatrix, effort)
     if make is not None:
         rewrite.check_quantizable(file)
-    params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress)
+    options: dict[str, Any] = {} if placing is None else {"wanted": placing.wanted}
+    params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress, **options)
     return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found), placing)
 
 

@@ -193,6 +193,7 @@ def load_gguf(
     make: Make | None = None,
     lay_out: LayOut = keep,
     place: Place = put,
+    wanted: Callable[[str], bool] = lambda name: True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Params and config of an open GGUF file or Hugging Face folder.
@@ -203,6 +204,7 @@ def load_gguf(
         array in the memory layout that kernels want. Its leaves are numpy's, or JAX arrays after `make`; both may
         come back.
       place: `place(name, array) -> array`: puts an array, whose leaves may be numpy's, where it shall live.
+      wanted: `wanted(name)` tells which tensors are read; the others are None in the params.
       progress: told each tensor's name once it is loaded.
 
     Raises:
@@ -211,6 +213,8 @@ def load_gguf(
     config = checked_config(file)
 
     def get(name: str) -> Any:
+        if not wanted(name):
+            return None
         array = read_array(file, name)
         if make is not None and not isinstance(array, QuantizedArray) and array.ndim == 2:
             floats = np.asarray(array, np.float32)

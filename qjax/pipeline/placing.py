@@ -13,8 +13,9 @@ from qjax.kernels.layout import lay_out
 from qjax.models import ModelConfig
 from qjax.models.forward import Params
 from qjax.models.load import TOP
-from qjax.pipeline.executor import Pipeline
-from qjax.pipeline.plan import Plan
+from qjax.pipeline.executor import Executor, Pipeline
+from qjax.pipeline.plan import Plan, StagePlan
+from qjax.pipeline.processes import ProcessPipeline
 from qjax.pipeline.stage import Stage, Where, platform_of
 from qjax.pipeline.tensor_parallel import cut, model_mesh
 
@@ -40,9 +41,10 @@ def _name(device: jax.Device) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Placing:
-    """`lay_out` and `place` for loading a model by a plan, and the executor of what was loaded.
+    """`wanted`, `lay_out` and `place` for loading a model by a plan, and the executor of what was loaded.
 
-    Of a matrix that both ends share and that do not lie together, the last stage gets a copy of its own.
+    Of a matrix that both ends share and that do not lie together, the last stage gets a copy of its own. Where JAX runs
+    in several processes each has the stage of its number, whose devices are named as this process sees them.
     """
 
     plan: Plan
@@ -53,6 +55,11 @@ class Placing:
         if self.plan.layers != self.config.layers:
             raise QjaxError(f"the plan places {self.plan.layers} layers, the model has {self.config.layers}")
         self._copy: Any = None
+        self._processes = jax.process_count()
+        if self._processes > 1 and len(self.plan.stages) != self._processes:
+            raise QjaxError(
+                f"the plan has {len(self.plan.stages)} stages for {self._processes} processes: each needs one of its own"
+            )
         for stage, where in zip(self.plan.stages, self.where, strict=True):
             if stage.streamed:
                 raise QjaxError(f"layers {stage.layers} are planned to be streamed, which no executor does yet")
@@ -63,8 +70,16 @@ class Placing:
     @functools.cached_property
     def where(self) -> tuple[Where, ...]:
         """Device or mesh of each stage."""
-        found = [[local_device(name) for name in stage.devices] for stage in self.plan.stages]
-        return tuple(devices[0] if len(devices) == 1 else model_mesh(devices) for devices in found)
+        return tuple(self._where(k, stage) for k, stage in enumerate(self.plan.stages))
+
+    def _where(self, k: int, stage: StagePlan) -> Where:
+        if not self._mine(k):
+            return None
+        devices = [local_device(name) for name in stage.devices]
+        return devices[0] if len(devices) == 1 else model_mesh(devices)
+
+    def _mine(self, k: int) -> bool:
+        return self._processes == 1 or k == jax.process_index()
 
     def _stage(self, name: str) -> int:
         """The stage that a tensor of the file belongs to."""
@@ -73,17 +88,28 @@ class Placing:
             return next(k for k, stage in enumerate(self.plan.stages) if i in stage.layers)
         return len(self.where) - 1 if name.startswith("output") else 0
 
+    def _ends(self, name: str) -> list[int]:
+        """The stages that need a tensor."""
+        shared = name == "token_embd.weight" and self.tied and len(self.where) > 1
+        return [0, len(self.where) - 1] if shared else [self._stage(name)]
+
+    def wanted(self, name: str) -> bool:
+        """Whether this process needs a tensor of the file."""
+        return any(map(self._mine, self._ends(name)))
+
     def lay_out(self, name: str, array: Any) -> Any:
         """The layout for the kernels of the device that multiplies with the array; of a mesh, its parts get theirs."""
-        where = self.where[-1 if name == "token_embd.weight" and self.tied else self._stage(name)]
+        where = self.where[self._ends(name)[-1]]
         return array if isinstance(where, Mesh) else lay_out(name, array, platform_of(where))
 
     def place(self, name: str, array: Any) -> Any:
         """The array on its device, or cut over its mesh."""
-        where = self.where[self._stage(name)]
-        if name == "token_embd.weight" and self.tied and self.where[-1] is not where:
-            self._copy = self._on(self.where[-1], name, array)
-        return self._on(where, name, array)
+        if name == "rope":
+            return array
+        first, *last = self._ends(name)
+        if last and self.where[last[0]] is not self.where[first] and self._mine(last[0]):
+            self._copy = self._on(self.where[last[0]], name, array)
+        return self._on(self.where[first], name, array) if self._mine(first) else None
 
     def _on(self, where: Where, name: str, array: Any) -> Any:
         if not isinstance(where, Mesh):
@@ -92,10 +118,12 @@ class Placing:
         part_layout = lambda name, part: lay_out(name, part, platform_of(where))
         return cut(key, array, where, self.config, part_layout)
 
-    def pipeline(self, params: Params, activations: Activations | None = None) -> Pipeline:
+    def executor(self, params: Params, activations: Activations | None = None) -> Executor:
         """The executor of params that were loaded by this; `activations` None for each device's default."""
         stages, last = [], len(self.where) - 1
         for k, (planned, where) in enumerate(zip(self.plan.stages, self.where, strict=True)):
+            if not self._mine(k):
+                continue
             mine: Params = {"layers": [params["layers"][i] for i in planned.layers]}
             mine["rope"] = self._on(where, "rope", params["rope"])
             if k == 0:
@@ -108,6 +136,8 @@ class Placing:
                     mine["token_embd"] = params["token_embd"] if self._copy is None else self._copy
             chosen = activations or self.plan.activations or default_activations(platform_of(where))
             stages.append(Stage(mine, self.config, where, (k == 0, k == last), chosen))
+        if self._processes > 1:
+            return ProcessPipeline(stages[0], jax.process_index(), self._processes)
         return Pipeline(tuple(stages))
 
 
