@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
+from qjax.models import ModelConfig
 from qjax.pipeline import Executor, choose
 
 LARGE_CHUNK, SMALL_CHUNK = 512, 32
@@ -47,7 +48,7 @@ def _whole_units(slots: int) -> int:
     return -(-slots // SLOT_UNIT) * SLOT_UNIT
 
 
-def _with_room(model: Executor, cache: Any, length: int) -> Any:
+def with_room(model: Executor, cache: Any, length: int) -> Any:
     """The cache itself, or one of twice the slots (no more than the context has) if `length` positions fill it."""
     slots = model.slots(cache)
     if length < slots:
@@ -80,9 +81,28 @@ def prefill(model: Executor, prompts: Sequence[Sequence[int]], cache: Any) -> tu
     return last, cache
 
 
-def row_keys(seed: int, rows: int) -> Any:
-    """Random keys [rows]: what a row draws does not depend on the others. The first is that of the seed itself."""
-    seeds = (seed + np.arange(rows, dtype=np.uint64)) % (1 << 32)
+def check_prompt(config: ModelConfig, prompt: Sequence[int], max_tokens: int) -> None:
+    """A prompt that the model can be given, with room for what is to follow.
+
+    Raises:
+      QjaxError: it is empty, has ids that are not in the vocabulary, or there is no room.
+    """
+    if not len(prompt):
+        raise QjaxError("a prompt has no tokens: give at least one (or let the model add its BOS)")
+    room = config.context - len(prompt)
+    if max_tokens > room:
+        way_out = f"ask for at most {room} (max_tokens, -n {room}), or give a shorter prompt"
+        raise QjaxError(
+            f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}: "
+            + (way_out if room > 0 else "give a shorter prompt")
+        )
+    if any(not 0 <= token < config.vocab for token in prompt):
+        raise QjaxError(f"a token id is not in the model's vocabulary of {config.vocab}")
+
+
+def row_keys(seed: int, rows: np.ndarray) -> Any:
+    """Random keys of rows of these numbers, those of the seeds `seed` + row: no row's draws depend on the others."""
+    seeds = (seed + rows.astype(np.uint64)) % np.uint64(1 << 32)
     return jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
 
 
@@ -104,14 +124,14 @@ def decode(
     mask = np.zeros(logits.shape, bool)
     for row, prompt in zip(mask, prompts, strict=True):
         row[np.asarray(prompt)] = True
-    seen, keys = model.home((jnp.asarray(mask), row_keys(0, len(prompts)) if keys is None else keys))
+    seen, keys = model.home((jnp.asarray(mask), row_keys(0, np.arange(len(prompts))) if keys is None else keys))
     token, seen, keys = choose(logits, seen, keys, sampler=sampler)
     # Counted here, since reading it from the device would wait for each step.
     longest = int(model.lengths(cache).max())
     for step in range(steps):
         now = token
         if step + 1 < steps:
-            cache = _with_room(model, cache, longest)
+            cache = with_room(model, cache, longest)
             token, seen, keys, cache = model.advance(token, cache, seen, keys, sampler=sampler)
             longest += 1
         yield np.asarray(now)
@@ -144,16 +164,9 @@ def generate_ids(
     if not 0 <= seed < 1 << 32:
         raise QjaxError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
     longest = max((len(prompt) for prompt in prompts), default=0)
-    if longest + max_tokens > config.context:
-        room = config.context - longest
-        way_out = f"ask for at most {room} (max_tokens, -n {room}), or give a shorter prompt"
-        raise QjaxError(
-            f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}: "
-            + (way_out if room > 0 else "give a shorter prompt")
-        )
-    if any(not 0 <= token < config.vocab for prompt in prompts for token in prompt):
-        raise QjaxError(f"a token id is not in the model's vocabulary of {config.vocab}")
-    keys, slots = row_keys(seed, len(prompts)), slots_for(longest, min(max_tokens, NEW_SLOTS))
+    for prompt in prompts:
+        check_prompt(config, prompt, max_tokens)
+    keys, slots = row_keys(seed, np.arange(len(prompts))), slots_for(longest, min(max_tokens, NEW_SLOTS))
     runs = []
     for rows in _groups(len(prompts), model.microbatches):
         mine = prompts[rows]

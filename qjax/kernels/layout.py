@@ -18,7 +18,12 @@ def lay_out(name: str, array: Any, platform: str | None = None) -> Any:
     if isinstance(array, TransformedArray):
         inner = lay_out(name, array.inner, platform)
         return array.replace(inner=inner)  # pyright: ignore[reportAttributeAccessIssue]
-    if (platform or jax.default_backend()) == "cpu" and serves_lanes(array) is None and native.knows(array) and native.available():
+    if (
+        (platform or jax.default_backend()) == "cpu"
+        and serves_lanes(array) is None
+        and native.knows(array)
+        and native.available()
+    ):
         return to_lanes(array, _repack, native.empty)
     return array
 

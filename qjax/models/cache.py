@@ -8,11 +8,13 @@ Slot j holds position j. What lies at or after `length` is never seen: padding m
 overwritten by the next tokens.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from qjax.kernels import empty_slots
 from qjax.models.config import ModelConfig
@@ -62,3 +64,17 @@ def grow_cache(cache: KVCache, slots: int) -> KVCache:
         return jnp.pad(array, [(0, slots - cache.slots if axis == 2 else 0) for axis in range(array.ndim)])
 
     return KVCache(jax.tree.map(grown, cache.keys), jax.tree.map(grown, cache.values), cache.length)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def insert_row(cache: KVCache, row: Any, other: KVCache) -> KVCache:
+    """The cache with the only row of another one, which has no more slots, in place of one of its rows."""
+
+    def put(held: Any, new: Any) -> Any:
+        return lax.dynamic_update_slice(held, new.astype(held.dtype), (row, *(0 for _ in held.shape[1:])))
+
+    return KVCache(
+        jax.tree.map(put, cache.keys, other.keys),
+        jax.tree.map(put, cache.values, other.values),
+        cache.length.at[row].set(other.length[0]),
+    )

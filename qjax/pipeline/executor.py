@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax.kernels import Activations
 from qjax.models import KVCache, ModelConfig
-from qjax.models.cache import grow_cache
+from qjax.models.cache import grow_cache, insert_row
 from qjax.models.forward import Params
-from qjax.pipeline.stage import Sampler, Stage
+from qjax.pipeline.stage import Sampler, Stage, replace_row
 
 
 @runtime_checkable
@@ -62,6 +62,14 @@ class Executor(Protocol):
 
     def home(self, x: Any) -> Any:
         """x on the device that logits come from."""
+        ...
+
+    def insert(self, cache: Any, row: int, other: Any) -> Any:
+        """The cache with the only row of another one, which has no more slots, in place of one of its rows."""
+        ...
+
+    def replace(self, state: tuple[Any, Any, Any], row: int, other: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Token, seen and keys of `advance` with those of a single row in place of one of their rows."""
         ...
 
 
@@ -125,6 +133,12 @@ class Pipeline:
 
     def home(self, x: Any) -> Any:
         return self.stages[-1].put(x)
+
+    def insert(self, cache: tuple[KVCache, ...], row: int, other: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
+        return tuple(insert_row(a, row, b) for a, b in zip(cache, other, strict=True))
+
+    def replace(self, state: tuple[Any, Any, Any], row: int, other: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        return replace_row(state, row, other)
 
 
 def one_stage(params: Params, config: ModelConfig, activations: Activations = "float") -> Pipeline:

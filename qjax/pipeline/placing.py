@@ -58,7 +58,7 @@ class Placing:
         self._processes = jax.process_count()
         if self._processes > 1 and len(self.plan.stages) != self._processes:
             raise QjaxError(
-                f"the plan has {len(self.plan.stages)} stages for {self._processes} processes: each needs one of its own"
+                f"the plan has {len(self.plan.stages)} stages for {self._processes} processes: give each one"
             )
         for stage, where in zip(self.plan.stages, self.where, strict=True):
             if stage.streamed:

@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qjax.models import KVCache, ModelConfig
-from qjax.models.cache import grow_cache
-from qjax.pipeline.stage import Sampler, Stage
+from qjax.models.cache import grow_cache, insert_row
+from qjax.pipeline.stage import Sampler, Stage, replace_row
 
 STAGE = "stage"
 
@@ -80,9 +80,7 @@ class ProcessPipeline:
         return cache.slots
 
     def grow(self, cache: "Held", slots: int) -> "Held":
-        if cache.flight is not None:
-            self._finish(cache.flight)
-        held = cache.cache if cache.flight is None else cache.flight.cache
+        held = self._landed(cache)
         held = grow_cache(held, slots) if held.keys else held
         if cache.flight is not None:
             cache.flight.cache = held
@@ -93,6 +91,32 @@ class ProcessPipeline:
 
     def home(self, x: Any) -> Any:
         return self._stage.put(x)
+
+    def insert(self, cache: "Held", row: int, other: "Held") -> "Held":
+        held = self._landed(cache)
+        if held.keys:
+            held = insert_row(held, row, other.cache)
+        if cache.flight is not None:
+            cache.flight.cache = held
+        length = cache.length.copy()
+        length[row] = other.length[0]
+        return Held(held, cache.slots, length, cache.flight)
+
+    def replace(self, state: tuple[Any, Any, Any], row: int, other: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        token, _seen, _keys = state
+        if not isinstance(token, Flight):
+            return replace_row(state, row, other)
+        self._finish(token)
+        made, token.seen, token.keys = replace_row((token.token, token.seen, token.keys), row, other)
+        token.token = made
+        return token, token.seen, token.keys
+
+    def _landed(self, cache: "Held") -> KVCache:
+        """What this process holds, once no step has it."""
+        if cache.flight is None:
+            return cache.cache
+        self._finish(cache.flight)
+        return cache.flight.cache
 
     def forward(
         self,

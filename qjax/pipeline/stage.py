@@ -122,6 +122,12 @@ class Stage:
         return {"config": self.config, "activations": self.activations, "ends": self.ends, "mesh": self.mesh}
 
 
+@partial(jax.jit, donate_argnames="state")
+def replace_row(state: Any, row: Any, other: Any) -> Any:
+    """Arrays [rows, ...] with what another of one row has in place of one of theirs."""
+    return jax.tree.map(lambda a, b: a.at[row].set(b[0]), state, other)
+
+
 def compiles_fast(platform: str) -> bool:
     """Whether a step compiles fast as a whole: XLA:CPU's own loops over tiles, seven a layer, do not."""
     return platform != "cpu" or native.available()

@@ -124,14 +124,14 @@ def test_the_context_may_be_filled_and_not_more(made: Any) -> None:
 def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[int], n: int) -> list[int]:
     """The cache's slots in each step of decoding."""
     seen = []
-    with_room = engine._with_room
+    with_room = engine.with_room
 
     def spy(model: Any, *arguments: Any) -> Any:
         cache = with_room(model, *arguments)
         seen.append(model.slots(cache))
         return cache
 
-    monkeypatch.setattr(engine, "_with_room", spy)
+    monkeypatch.setattr(engine, "with_room", spy)
     texts(made, [prompt], n)
     return seen
 

@@ -5,20 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
-from qjax.arrays import QuantizedArray
 from qjax.calibrate.data import Calibration
-from qjax.errors import QjaxError
 from qjax.evaluate.shapes import Shape, llama
 from qjax.evaluate.synthetic import save_synthetic
-from qjax.generate import generate_ids, make_sampler
+from qjax.generate import generate_ids
 from qjax.pipeline import Device, Plan, StagePlan, one_stage
-from qjax.pipeline.tensor_parallel import Parts, cut, model_mesh
 
 LAYERS = 8
 CONFIG = llama(layers=LAYERS, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=264, context=160)
@@ -76,7 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOKENS = np.random.default_rng(1).integers(0, 264, (4, 32)).astype(np.int32)
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
-    "gguf": lambda: {},
+    "gguf": dict,
     "gptq": lambda: {"quantize": qjax.GPTQ(4, 32, static_groups=False), "calibration": Calibration(TOKENS, 4)},
     "awq": lambda: {"quantize": qjax.RTN(4, 16, symmetric=False)},
 }
