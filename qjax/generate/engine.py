@@ -20,43 +20,12 @@ from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
 from qjax.kernels import Activations, native
 from qjax.models import KVCache, ModelConfig, forward, init_cache
-from qjax.models.cache import grow_cache
+from qjax.models.slots import chunk_sizes, slots_for, with_room
 
-LARGE_CHUNK, SMALL_CHUNK = 512, 32
-# What is left of a prompt goes through one padded large chunk rather than this many small ones.
-SMALL_CHUNKS_AT_MOST = 6
-SLOT_UNIT = 256
 # New tokens that the cache of `generate_ids` has room for at the start.
 NEW_SLOTS = 256
 
 Params = dict[str, Any]
-
-
-def chunk_sizes(length: int) -> list[int]:
-    """The chunks that a prompt of this length is cut into."""
-    sizes = []
-    while length > 0:
-        size = LARGE_CHUNK if length > SMALL_CHUNK * SMALL_CHUNKS_AT_MOST else SMALL_CHUNK
-        sizes.append(size)
-        length -= size
-    return sizes
-
-
-def slots_for(prompt: int, new: int) -> int:
-    """Cache slots for a prompt with its padding and for `new` tokens, rounded up so that few sizes are compiled."""
-    needed = max(prompt + new, sum(chunk_sizes(prompt)))
-    return _whole_units(needed)
-
-
-def _whole_units(slots: int) -> int:
-    return -(-slots // SLOT_UNIT) * SLOT_UNIT
-
-
-def _with_room(cache: KVCache, length: int, context: int) -> KVCache:
-    """The cache itself, or one of twice the slots (no more than the context has) if `length` positions fill it."""
-    if length < cache.slots:
-        return cache
-    return grow_cache(cache, max(min(2 * cache.slots, _whole_units(context)), cache.slots + SLOT_UNIT))
 
 
 def prefill(
@@ -137,7 +106,7 @@ def decode(
     for step in range(steps):
         now = token
         if step + 1 < steps:
-            cache = _with_room(cache, longest, config.context)
+            cache = with_room(cache, longest, config.context)
             token, seen, key, cache = advance(
                 params, config, token, cache, seen, key, sampler=sampler, activations=activations
             )

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
 from qjax.generate import engine, generate_ids, make_sampler, prefill, slots_for
-from qjax.generate.engine import LARGE_CHUNK, SLOT_UNIT, SMALL_CHUNK, chunk_sizes
-from qjax.models import forward, init_cache
+from qjax.models import forward, init_cache, slots
+from qjax.models.slots import LARGE_CHUNK, SLOT_UNIT, SMALL_CHUNK, chunk_sizes
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -121,14 +121,14 @@ def test_the_context_may_be_filled_and_not_more(made: Any) -> None:
 def slots_of_steps(made: Any, monkeypatch: pytest.MonkeyPatch, prompt: Sequence[int], n: int) -> list[int]:
     """The cache's slots in each step of decoding."""
     seen = []
-    with_room = engine._with_room
+    with_room = engine.with_room
 
     def spy(*arguments: Any) -> Any:
         cache = with_room(*arguments)
         seen.append(cache.slots)
         return cache
 
-    monkeypatch.setattr(engine, "_with_room", spy)
+    monkeypatch.setattr(engine, "with_room", spy)
     texts(made, [prompt], n)
     return seen
 
@@ -159,8 +159,8 @@ def test_a_cache_that_grew_gives_the_same_tokens(made: Any, monkeypatch: pytest.
     prompts = [prompt_of(230), prompt_of(9, seed=1)]
     whole = texts(made, prompts, 60)
     monkeypatch.setattr(engine, "NEW_SLOTS", 1)
-    monkeypatch.setattr(engine, "SLOT_UNIT", 16)
-    monkeypatch.setattr(engine, "LARGE_CHUNK", 256)
+    monkeypatch.setattr(slots, "SLOT_UNIT", 16)
+    monkeypatch.setattr(slots, "LARGE_CHUNK", 256)
     assert slots_for(230, 1) == 256
     assert texts(made, prompts, 60) == whole
     assert texts(made, prompts[:1], 60) == whole[:1]
