@@ -103,14 +103,18 @@ class ModelSizes:
         return list(itertools.accumulate((unit.multiplied for unit in self.units), initial=0))
 
 
-def model_sizes(model: Source | ModelConfig, type: str | None = None, *, name: str | None = None) -> ModelSizes:
+def model_sizes(
+    model: Source | ModelConfig, type: str | None = None, *, name: str | None = None, anew: bool = False
+) -> ModelSizes:
     """Sizes of an open file or folder, or of a model of which there is a config alone (float16, embeddings not tied).
 
     Args:
       type: a plain type or a mix that float matrices are quantized to while they are loaded.
+      name: of the model, for people.
+      anew: as if all matrices were floats: the sizes of another file of the model.
 
     Raises:
-      QjaxError: an unknown type; see `checked_config`.
+      QjaxError: an unknown type, or one for a model without float matrices; see `checked_config`.
     """
     if isinstance(model, ModelConfig):
         config = model
@@ -127,7 +131,8 @@ def model_sizes(model: Source | ModelConfig, type: str | None = None, *, name: s
             for key, info in model.tensors.items()
         }
         traits = traits_of(model.metadata)
-    floats = [key for key, (shape, kind, _) in given.items() if len(shape) == 2 and kind in FLOAT_TYPES]
+    floats = [key for key, (shape, kind, _) in given.items() if len(shape) == 2 and (anew or kind in FLOAT_TYPES)]
+    quantized = not any(len(shape) == 2 and kind in FLOAT_TYPES for shape, kind, _ in given.values())
     if type is not None:
         if not floats:
             raise QjaxError(f"{name or 'the model'}: every matrix is quantized already; leave the type out")
@@ -135,7 +140,7 @@ def model_sizes(model: Source | ModelConfig, type: str | None = None, *, name: s
         given |= {key: (given[key][0], wanted.get(key, given[key][1]), None) for key in floats}
     tied = "output.weight" not in given
     label = name or (config.arch if isinstance(model, ModelConfig) else str(model.path))
-    return ModelSizes(label, config, _units(given, config, tied), tied, type, quantized=not floats)
+    return ModelSizes(label, config, _units(given, config, tied), tied, type, quantized)
 
 
 def wanted_types(shapes: Mapping[str, Sequence[int]], traits: Traits, type: str) -> dict[str, str]:

@@ -103,23 +103,30 @@ def segment_fits(costs: Costs, segment: Segment) -> bool:
 
 
 def _choices(costs: Costs, devices: Sequence[Device]) -> list[list[_Kind]]:
-    """The kinds of devices: none streamed to, or all but the host with one device of a kind streamed to."""
+    """The kinds of devices: none streamed to, or all but the host with one device streamed to."""
     groups: dict[Any, list[Device]] = {}
     for device in devices:
         groups.setdefault((device.kind, dataclasses.replace(device, name="cpu:0")), []).append(device)
     plain = [_kind(costs, tuple(group)) for group in groups.values()]
+    if _ways(plain) > MOST_STATES:
+        # One by one, in the given order.
+        of = {device.name: kind for kind in plain for device in kind.devices}
+        plain = [of[device.name]._replace(devices=(device,)) for device in devices]
     choices = [plain]
     host = next((device for device in devices if device.kind == "cpu"), None)
-    for kind in plain if host is not None else []:
-        first, *others = kind.devices
-        if first.kind == "cpu":
+    for at, kind in enumerate(plain):
+        if host is None or kind.devices[0].kind == "cpu":
             continue
-        assert host is not None
-        rest = [k._replace(devices=tuple(device for device in k.devices if device not in (first, host))) for k in plain]
-        streamed = _kind(costs, (first,), host.memory)
+        streamed = _kind(costs, kind.devices[:1], host.memory)
         if (streamed.resident < _none_streamed(costs.units)).any():
-            choices.append([streamed, *(k for k in rest if k.devices)])
+            rest = [k._replace(devices=tuple(d for d in k.devices if d is not host)) for k in plain]
+            rest[at] = kind._replace(devices=kind.devices[1:])
+            choices.append([k for k in (*rest[:at], streamed, *rest[at:]) if k.devices])
     return choices
+
+
+def _ways(kinds: list[_Kind]) -> int:
+    return math.prod(len(kind.devices) + 1 for kind in kinds)
 
 
 def _none_streamed(units: int) -> np.ndarray:
@@ -131,25 +138,25 @@ def _kind(costs: Costs, devices: tuple[Device, ...], host: int | None = None) ->
     size, device = costs.units + 1, devices[0]
     seconds, resident = np.full((size, size), math.inf), np.array(_none_streamed(costs.units))
     for start in range(size):
+        most = size
         for stop in range(start + 1, size):
             segment = Segment(start, stop, stop, device)
-            if not segment_fits(costs, segment):
-                if host is None:
-                    break
-                found = _most_resident(costs, segment, host)
+            if most < size or not segment_fits(costs, segment):
+                # With more units, no more of them stay.
+                found = None if host is None else _most_resident(costs, segment, host, most)
                 if found is None:
-                    continue
-                segment = found
+                    break
+                segment, most = found, found.resident
             seconds[start, stop] = segment_seconds(costs, segment)
             resident[start, stop] = segment.resident
     return _Kind(devices, seconds, resident)
 
 
-def _most_resident(costs: Costs, segment: Segment, host: int) -> Segment | None:
+def _most_resident(costs: Costs, segment: Segment, host: int, most: int) -> Segment | None:
     """The segment with as many of its first units on the device as it has room for, the rest in the host's memory."""
     start, stop = segment.start, segment.stop
     # The embedding lies on the device in any case: alone it is no stage.
-    for resident in (*range(stop - 1, max(start, 1), -1), start):
+    for resident in (*range(min(stop - 1, most), max(start, 1), -1), start):
         found = segment._replace(resident=resident)
         if costs.host(resident, stop) > host:
             return None
@@ -162,9 +169,8 @@ def _least_sum(kinds: list[_Kind], limit: float = math.inf) -> tuple[float, tupl
     """Least sum of seconds of stages that take no longer than the limit each."""
     times = [np.where(kind.seconds <= limit, kind.seconds, math.inf) for kind in kinds]
     counts = [len(kind.devices) for kind in kinds]
-    in_order = math.prod(count + 1 for count in counts) > MOST_STATES
+    in_order = _ways(kinds) > MOST_STATES
     if in_order:
-        kinds, times = _one_by_one(kinds, times)
         states: Any = [(1,) * k + (0,) * (len(kinds) - k) for k in range(len(kinds) + 1)]
     else:
         states = list(itertools.product(*(range(count + 1) for count in counts)))
@@ -194,24 +200,18 @@ def _least_sum(kinds: list[_Kind], limit: float = math.inf) -> tuple[float, tupl
     return float(best[end][-1]), _traced(kinds, came, end, size - 1, in_order)
 
 
-def _one_by_one(kinds: list[_Kind], times: list[np.ndarray]) -> tuple[list[_Kind], list[np.ndarray]]:
-    """Each device as a kind of its own."""
-    pairs = [
-        (kind._replace(devices=(device,)), t) for kind, t in zip(kinds, times, strict=True) for device in kind.devices
-    ]
-    return [kind for kind, _ in pairs], [t for _, t in pairs]
-
-
 def _traced(kinds: list[_Kind], came: Any, state: tuple[int, ...], stop: int, in_order: bool) -> tuple[Segment, ...]:
     """The segments that led to a state and a cut."""
-    segments: list[Segment] = []
-    left = [list(kind.devices) for kind in kinds]
+    taken: list[tuple[int, int, int]] = []
     while stop > 0:
         k, start = came[state][stop]
-        segments.append(Segment(start, stop, int(kinds[k].resident[start, stop]), left[k].pop()))
+        taken.append((k, start, stop))
         stop = start
         state = (1,) * k + (0,) * (len(kinds) - k) if in_order else (*state[:k], state[k] - 1, *state[k + 1 :])
-    return tuple(reversed(segments))
+    left = [iter(kind.devices) for kind in kinds]
+    return tuple(
+        Segment(start, stop, int(kinds[k].resident[start, stop]), next(left[k])) for k, start, stop in reversed(taken)
+    )
 
 
 def _least_period(kinds: list[_Kind], count: int) -> tuple[float, tuple[Segment, ...]] | None:
