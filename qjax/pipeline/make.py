@@ -184,7 +184,6 @@ def _nearest(plan: Plan, model: Source | ModelConfig, sizes: ModelSizes, place: 
     """Plans that have room, each with one thing changed; if there is none, one with as little changed as can be."""
 
     def fits(sizes: ModelSizes, **changed: object) -> Plan | None:
-        # pyright: the names are Plan's.
         wish = dataclasses.replace(plan, **changed)  # pyright: ignore[reportArgumentType]
         wish = dataclasses.replace(wish, microbatches=min(wish.microbatches, wish.batch))
         found = _placed(wish, sizes, place)

@@ -20,13 +20,15 @@ import reprlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
 from qjax.errors import QjaxError
 from qjax.formats.atomic import atomic_file
 from qjax.formats.yaml_file import read_yaml
+from qjax.kernels import Activations
+from qjax.models import CacheKind
 from qjax.models.load import MATRICES, NORMS, QK_NORMS
 from qjax.pipeline.devices import Device, device_name, make_device, parse_rate
 from qjax.pipeline.plan import Plan, StagePlan, check_devices
@@ -110,6 +112,9 @@ def _plan(data: dict[Any, Any], layers: int, given: dict[str, Any]) -> Plan:
     for key in ("cache", "activations", "type"):
         if data.get(key) is not None:
             values[key] = _text(data[key], key)
+    for key, known in (("cache", get_args(CacheKind)), ("activations", get_args(Activations))):
+        if key in values and values[key] not in known:
+            raise QjaxError(f"{key}: expected one of {', '.join(known)}, got {_shown(values[key])}")
     values |= given
     if "context" not in values:
         raise QjaxError("context is missing: say how many tokens a text may have, such as context: 4096")
