@@ -10,8 +10,8 @@ from qjax.errors import QjaxError
 YAML_ENDINGS = (".yaml", ".yml")
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file; a key may be a number, or nothing.
 
     Raises:
       QjaxError: it cannot be read, is not YAML, or holds something else at its top.

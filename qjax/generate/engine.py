@@ -18,42 +18,17 @@ from jaxtyping import Array, Float
 from qjax.errors import QjaxError
 from qjax.generate.sampling import Greedy, Sampler
 from qjax.models import ModelConfig
+from qjax.models.slots import chunk_sizes, slots_for, slots_with_room
 from qjax.pipeline import Executor, choose
 
-LARGE_CHUNK, SMALL_CHUNK = 512, 32
-# What is left of a prompt goes through one padded large chunk rather than this many small ones.
-SMALL_CHUNKS_AT_MOST = 6
-SLOT_UNIT = 256
 # New tokens that the cache of `generate_ids` has room for at the start.
 NEW_SLOTS = 256
 
 
-def chunk_sizes(length: int) -> list[int]:
-    """The chunks that a prompt of this length is cut into."""
-    sizes = []
-    while length > 0:
-        size = LARGE_CHUNK if length > SMALL_CHUNK * SMALL_CHUNKS_AT_MOST else SMALL_CHUNK
-        sizes.append(size)
-        length -= size
-    return sizes
-
-
-def slots_for(prompt: int, new: int) -> int:
-    """Cache slots for a prompt with its padding and for `new` tokens, rounded up so that few sizes are compiled."""
-    needed = max(prompt + new, sum(chunk_sizes(prompt)))
-    return _whole_units(needed)
-
-
-def _whole_units(slots: int) -> int:
-    return -(-slots // SLOT_UNIT) * SLOT_UNIT
-
-
 def with_room(model: Executor, cache: Any, length: int) -> Any:
-    """The cache itself, or one of twice the slots (no more than the context has) if `length` positions fill it."""
-    slots = model.slots(cache)
-    if length < slots:
-        return cache
-    return model.grow(cache, max(min(2 * slots, _whole_units(model.config.context)), slots + SLOT_UNIT))
+    """The cache itself, or a larger one if `length` positions fill it."""
+    slots = slots_with_room(model.slots(cache), length, model.config.context)
+    return cache if slots == model.slots(cache) else model.grow(cache, slots)
 
 
 def prefill(model: Executor, prompts: Sequence[Sequence[int]], cache: Any) -> tuple[Float[Array, "batch vocab"], Any]:

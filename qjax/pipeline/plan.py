@@ -1,7 +1,6 @@
 """A plan: which stage of the model lies where. Data only; `qjax.pipeline.report` says what it costs."""
 
 import dataclasses
-from typing import get_args
 
 from qjax.errors import QjaxError
 from qjax.kernels import Activations
@@ -64,10 +63,6 @@ class Plan:
                 raise QjaxError(f"expected a {what} of 1 to {MOST_COUNT - 1}, got {getattr(self, what)}")
         if self.microbatches > self.batch:
             raise QjaxError(f"a batch of {self.batch} cannot be cut into {self.microbatches} microbatches: use fewer")
-        if self.cache not in get_args(CacheKind):
-            raise QjaxError(f"expected a cache of {get_args(CacheKind)}, got {self.cache!r}")
-        if self.activations not in (None, *get_args(Activations)):
-            raise QjaxError(f"expected activations of {get_args(Activations)}, got {self.activations!r}")
         names = [device.name for device in self.devices]
         if len(set(names)) != len(names):
             raise QjaxError(f"a device is named twice: {', '.join(names)}")
@@ -100,13 +95,21 @@ class Plan:
 def _check_stage(i: int, stage: StagePlan, known: list[str], *, inner: bool) -> None:
     if stage.layers.step != 1 or stage.layers.start > stage.layers.stop or (inner and not stage.layers):
         raise QjaxError(f"stage {i}: expected a range of layers, got {stage.layers}")
-    if not stage.devices or len(set(stage.devices)) != len(stage.devices):
-        raise QjaxError(f"stage {i}: expected devices, each once, got {', '.join(stage.devices) or 'none'}")
+    try:
+        check_devices(stage.devices, stage.streamed)
+    except QjaxError as error:
+        raise QjaxError(f"stage {i}: {error}") from None
     for name in stage.devices:
         if name not in known:
             raise QjaxError(f"stage {i}: device {name} is not one of {', '.join(known) or 'none'}")
-    kinds = {name.partition(":")[0] for name in stage.devices}
+
+
+def check_devices(devices: tuple[str, ...], streamed: bool) -> None:
+    """QjaxError unless these can be a stage's devices."""
+    if not devices or len(set(devices)) != len(devices):
+        raise QjaxError(f"expected devices, each once, got {', '.join(devices) or 'none'}")
+    kinds = {name.partition(":")[0] for name in devices}
     if len(kinds) > 1:
-        raise QjaxError(f"stage {i}: {', '.join(stage.devices)} are of several kinds, which cannot be one mesh")
-    if stage.streamed and (len(stage.devices) > 1 or kinds == {"cpu"}):
-        raise QjaxError(f"stage {i}: weights are streamed to one accelerator, not to {', '.join(stage.devices)}")
+        raise QjaxError(f"{', '.join(devices)} are of several kinds, which cannot be one mesh")
+    if streamed and (len(devices) > 1 or kinds == {"cpu"}):
+        raise QjaxError(f"weights are streamed to one accelerator, not to {', '.join(devices)}")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
 from qjax.generate import engine, generate_ids, make_sampler, prefill, slots_for
-from qjax.generate.engine import LARGE_CHUNK, SLOT_UNIT, SMALL_CHUNK, chunk_sizes
-from qjax.models import forward
+from qjax.models import forward, slots
+from qjax.models.slots import LARGE_CHUNK, SLOT_UNIT, SMALL_CHUNK, chunk_sizes
 from qjax.pipeline import Pipeline, one_stage, stage
 
 
@@ -162,8 +162,8 @@ def test_a_cache_that_grew_gives_the_same_tokens(made: Any, monkeypatch: pytest.
     prompts = [prompt_of(230), prompt_of(9, seed=1)]
     whole = texts(made, prompts, 60)
     monkeypatch.setattr(engine, "NEW_SLOTS", 1)
-    monkeypatch.setattr(engine, "SLOT_UNIT", 16)
-    monkeypatch.setattr(engine, "LARGE_CHUNK", 256)
+    monkeypatch.setattr(slots, "SLOT_UNIT", 16)
+    monkeypatch.setattr(slots, "LARGE_CHUNK", 256)
     assert slots_for(230, 1) == 256
     assert texts(made, prompts, 60) == whole
     assert texts(made, prompts[:1], 60) == whole[:1]
