@@ -1,11 +1,12 @@
 """The public face: load, generate, save, convert."""
 
+import asyncio
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,19 +29,27 @@ from qjax.formats.huggingface.writer import SHARD_BYTES
 from qjax.formats.locate import locate
 from qjax.formats.push import push_folder
 from qjax.formats.source import Source, open_source
-from qjax.generate import Piece, make_sampler, stream_text
+from qjax.generate import Piece, generate_many_ids, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out as kernels_layout
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, checked_config, gguf_tensors, put
 from qjax.models.rewrite import PLAIN_TYPES
-from qjax.pipeline import Executor, Placing, Plan, one_stage
+from qjax.pipeline import Executor, Placing, Plan, check_plan, one_stage, read_plan
 from qjax.quantizers.ggml import Effort
 from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
 
 DEFAULT_TOKENS = 128
+
+
+class Text(NamedTuple):
+    """What followed a prompt; stopped: an end-of-generation token ended it, which is not part of it."""
+
+    text: str
+    ids: list[int]
+    stopped: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +141,65 @@ class Model:
             cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
         )
 
+    def infer(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int = DEFAULT_TOKENS,
+        temperature: float | int = 0.8,
+        top_p: float | int = 1.0,
+        **options: Any,
+    ) -> list[int]:
+        """The token ids that follow these, up to one that ends the text; `options` as in `stream`."""
+        options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        return [piece.id for piece in self.stream(tokens, **options) if piece.id is not None]
+
+    async def stream_async(self, prompt: str | Sequence[int], **options: Any) -> AsyncIterator[Piece]:
+        """`stream` for an event loop: each step is waited for in a thread."""
+        pieces = self.stream(prompt, **options)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        max_tokens: int = DEFAULT_TOKENS,
+        rows: int = 8,
+        temperature: float | int = 0.8,
+        top_k: int | None = None,
+        top_p: float | int = 1.0,
+        min_p: float | int = 0.0,
+        repetition_penalty: float | int = 1.0,
+        seed: int = 0,
+        kv_cache: CacheKind = "float",
+        cache_dtype: Any = jnp.float16,
+        activations: Activations | None = None,
+        replicas: Sequence[Executor] = (),
+    ) -> Iterator[Text]:
+        """Continue many prompts, `rows` at a time; texts come in the order of the prompts, which may be without end.
+
+        Args:
+          seed: prompt number i draws as it does alone with seed + i.
+          replicas: executors of the same model on other devices, which share the prompts with this one.
+
+        Raises:
+          QjaxError: see `stream`; names the prompt's number.
+        """
+        sampler = make_sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        found = generate_many_ids(
+            [self.executor(activations), *replicas],
+            (self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts),
+            max_tokens=max_tokens,
+            ends=self.tokenizer.eog_ids,
+            rows=rows,
+            sampler=sampler,
+            seed=seed,
+            cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
+        )
+        return (Text(self.tokenizer.decode(one.ids, continuing=True), one.ids, one.stopped) for one in found)
+
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
         """The text of `stream`, piece by piece; the same options."""
         return (piece.text for piece in self.stream(prompt, **options) if piece.text)
@@ -206,6 +274,13 @@ def _by_recipe(
     return made.params, model.config
 
 
+def _placing(plan: Plan | str | Path, file: Source) -> Placing:
+    """The plan to be carried out, if the model has room by it: nothing is loaded to find out."""
+    config = checked_config(file)
+    known = plan if isinstance(plan, Plan) else read_plan(plan, config.layers)
+    return Placing(check_plan(known, file), config, "output.weight" not in file.tensors)
+
+
 def load(
     model: str | Path,
     *,
@@ -229,7 +304,8 @@ def load(
       effort: of the encoders, for a mix: "high" makes better blocks of the same bytes, in several times the time.
       calibration: what a recipe looks at: a text file, "wikitext-2", token ids, or a `Calibration` with how much of it.
       place: `place(name, array) -> array` puts each array where it shall live.
-      plan: which layers live on which devices, in place of `place`; see `qjax plan`.
+      plan: which layers live on which devices, in place of `place`; a plan or its file, as `qjax plan -o` writes it.
+        Where JAX runs in several processes each loads the stage of its number.
       progress: told each tensor's name, or of a recipe each block's number, once it is loaded.
 
     Raises:
@@ -248,7 +324,7 @@ def load(
     file = open_source(path)
     placing, lay_out = None, kernels_layout
     if plan is not None:
-        placing = Placing(plan, checked_config(file), "output.weight" not in file.tensors)
+        placing = _placing(plan, file)
         lay_out, place = placing.lay_out, placing.place
     if isinstance(make, recipes.Recipe):
         given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qjax import __version__
 from qjax.cache import cache_root
-from qjax.cli import calibrate, convert, measure, quantize, run, text
+from qjax.cli import calibrate, convert, launch, measure, quantize, run, text
 from qjax.cli.arguments import Commands, Parser
 from qjax.errors import QjaxError, QjaxWarning
 
@@ -21,7 +21,7 @@ def parser_and_commands() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     )
     parser.add_argument("--version", action="version", version=f"qjax {__version__}")
     commands = Commands(parser)
-    for module in (text, measure, calibrate, convert, quantize, run):
+    for module in (text, measure, calibrate, convert, quantize, run, launch):
         module.add(commands)
     return parser, commands.names
 
@@ -59,6 +59,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_code(args)
 
 
+def _join_processes() -> None:
+    """Where this is one of several processes, it joins the others; the first one speaks for all on stdout."""
+    from qjax.pipeline.distributed import COORDINATOR, join
+
+    if not os.environ.get(COORDINATOR):
+        return
+    # What libraries in C++ print of their connections is no output of ours.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
+    joined = join()
+    if joined is not None and joined[0] > 0:
+        from qjax.runs.console import console
+
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        console.quiet = True
+
+
+def _end_if_alone(error: Exception) -> None:
+    """End at once, with one line, if another process was lost: JAX would wait for it, and abort."""
+    from qjax.pipeline.distributed import COORDINATOR, lost
+
+    if os.environ.get(COORDINATOR) and (message := lost(error)):
+        print(f"qjax: error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
 def _exit_code(args: argparse.Namespace) -> int:
     try:
         if args.command == "bench" and args.threads is not None:
@@ -67,6 +93,7 @@ def _exit_code(args: argparse.Namespace) -> int:
             limit_threads(args.threads)
         if args.compiles:
             cache_compilations()
+            _join_processes()
         args.run(args)
         return 0
     except BrokenPipeError:
@@ -82,6 +109,7 @@ def _exit_code(args: argparse.Namespace) -> int:
         print(f"qjax: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
+        _end_if_alone(error)
         if args.debug:
             raise
         name = type(error).__name__

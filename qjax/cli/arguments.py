@@ -101,6 +101,10 @@ def add_compute(sub: argparse.ArgumentParser, activations: str = FASTEST) -> Non
     sub.add_argument("--quantize", metavar="TYPE", help="quantize float matrices while loading, e.g. q8_0")
 
 
+def add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--plan", metavar="YAML", help="which layers live on which devices; `qjax plan -o` writes it")
+
+
 def add_output(sub: argparse.ArgumentParser) -> None:
     """How the file is written."""
     sub.add_argument(

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qjax.cli.arguments import Commands, add_compute, add_json, add_kv_cache, natural, number, positive
+from qjax.cli.arguments import Commands, add_compute, add_json, add_kv_cache, add_plan, natural, number, positive
 from qjax.errors import QjaxError
 
 
@@ -15,8 +15,14 @@ def add(commands: Commands) -> None:
     sub.add_argument("-p", "--prompt", help="the text to continue")
     sub.add_argument("-f", "--file", help="read the prompt from a file ('-': standard input)")
     sub.add_argument("--echo", action="store_true", help="print the prompt too")
+    sub.add_argument(
+        "--prompts", metavar="JSONL", help='many prompts: a line {"prompt": "..."} or {"messages": [...]} each'
+    )
+    sub.add_argument("-o", "--output", metavar="JSONL", help="of --prompts: a line each, in order; resumes if killed")
+    sub.add_argument("--rows", type=positive, default=8, help="of --prompts: texts at a time; default: 8")
     _add_sampling(sub)
     add_compute(sub)
+    add_plan(sub)
     add_kv_cache(sub)
     add_json(sub)
 
@@ -26,6 +32,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--system", help="the system message")
     _add_sampling(sub)
     add_compute(sub)
+    add_plan(sub)
     add_kv_cache(sub)
 
     sub = commands.add(
@@ -77,8 +84,11 @@ def _generate(args: argparse.Namespace) -> None:
     from qjax.runs import texts
     from qjax.runs.console import console, emit_json
 
+    if args.prompts is not None:
+        _generate_many(args)
+        return
     prompt = _prompt(args)
-    model = texts.open_model(args.model, quantize=args.quantize)
+    model = texts.open_model(args.model, quantize=args.quantize, plan=args.plan)
     result = texts.generate(model, prompt, as_json=args.json, echo=args.echo, **_sampling(args))
     if args.json:
         emit_json(result)
@@ -91,10 +101,30 @@ def _generate(args: argparse.Namespace) -> None:
         console.print(f"[{', '.join(facts)}]", style="dim", markup=False)
 
 
+def _generate_many(args: argparse.Namespace) -> None:
+    from qjax.runs import texts
+    from qjax.runs.console import console, emit_json
+    from qjax.runs.many import generate_many
+
+    if args.output is None or args.prompt is not None or args.file is not None or args.echo:
+        raise QjaxError("--prompts FILE goes with -o FILE, and not with -p, -f or --echo")
+    if args.stop:
+        raise QjaxError("--stop is for a single prompt")
+    options = _sampling(args)
+    del options["stop"]
+    model = lambda: texts.open_model(args.model, quantize=args.quantize, plan=args.plan)
+    result = generate_many(model, args.prompts, args.output, rows=args.rows, **options)
+    if args.json:
+        emit_json(result)
+    else:
+        speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s"
+        console.print(f"{args.output}: {result['texts']} texts ({result['found']} found there), {speed}", markup=False)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from qjax.runs import texts
 
-    texts.chat(texts.open_model(args.model, quantize=args.quantize), args.system, **_sampling(args))
+    texts.chat(texts.open_model(args.model, quantize=args.quantize, plan=args.plan), args.system, **_sampling(args))
 
 
 def _tokenize(args: argparse.Namespace) -> None:

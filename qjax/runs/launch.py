@@ -45,7 +45,9 @@ def launch(command: Sequence[str], count: int, *, pin: bool = False, devices: in
         for number in range(count):
             env = {**os.environ, **environment(coordinator, count, number)}
             if devices is not None:
-                env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+                env["XLA_FLAGS"] = (
+                    f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+                )
             mine = cores[number * len(cores) // count : (number + 1) * len(cores) // count] if pin else []
             command_line = [sys.executable, "-m", "qjax.cli", *command]
             processes.append(_started(command_line, env, mine))
