@@ -16,7 +16,7 @@ from qjax.models.load import TOP
 from qjax.pipeline.executor import Executor, Pipeline
 from qjax.pipeline.plan import Plan, StagePlan
 from qjax.pipeline.processes import ProcessPipeline
-from qjax.pipeline.stage import Stage, Where, platform_of
+from qjax.pipeline.stage import Stage, Streamed, Where, platform_of
 from qjax.pipeline.tensor_parallel import cut, model_mesh
 
 
@@ -60,9 +60,7 @@ class Placing:
             raise QjaxError(
                 f"the plan has {len(self.plan.stages)} stages for {self._processes} processes: give each one"
             )
-        for stage, where in zip(self.plan.stages, self.where, strict=True):
-            if stage.streamed:
-                raise QjaxError(f"layers {stage.layers} are planned to be streamed, which no executor does yet")
+        for where in self.where:
             if isinstance(where, Mesh):
                 # Whether the heads can be shared out is said before anything is loaded.
                 cut("attn_norm", 0, where, self.config)
@@ -106,6 +104,8 @@ class Placing:
         """The array on its device, or cut over its mesh."""
         if name == "rope":
             return array
+        if name.startswith("blk.") and self.plan.stages[self._stage(name)].streamed:
+            return jax.device_put(array, local_device("cpu"))
         first, *last = self._ends(name)
         if last and self.where[last[0]] is not self.where[first] and self._mine(last[0]):
             self._copy = self._on(self.where[last[0]], name, array)
@@ -124,7 +124,8 @@ class Placing:
         for k, (planned, where) in enumerate(zip(self.plan.stages, self.where, strict=True)):
             if not self._mine(k):
                 continue
-            mine: Params = {"layers": [params["layers"][i] for i in planned.layers]}
+            layers = [params["layers"][i] for i in planned.layers]
+            mine: Params = {"layers": Streamed(layers, where) if planned.streamed else layers}
             mine["rope"] = self._on(where, "rope", params["rope"])
             if k == 0:
                 mine["token_embd"] = params["token_embd"]

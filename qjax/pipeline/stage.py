@@ -5,6 +5,7 @@ travel, and from the last to the first only tokens.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,13 +31,34 @@ def platform_of(where: Where) -> str:
     return (where.devices.flat[0] if isinstance(where, Mesh) else where).platform
 
 
+class Streamed(Sequence[Params]):
+    """Packed layers in the host's memory that go to a device one by one, each while the one before computes."""
+
+    def __init__(self, layers: Sequence[Params], device: jax.Device) -> None:
+        self.held, self.device = layers, device
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, i: Any) -> Any:
+        return jax.device_put(self.held[i], self.device)
+
+    def __iter__(self) -> Iterator[Params]:
+        ahead = None
+        for i in range(len(self)):
+            now = self[i] if ahead is None else ahead
+            # Under way before the program of this one is.
+            ahead = self[i + 1] if i + 1 < len(self) else None
+            yield now
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """Params of consecutive layers where they live, and how they are run.
 
     Attributes:
       params: {"rope", "layers"}; of the first stage "token_embd"; of the last "output_norm", and "output" or
-        "token_embd".
+        "token_embd". Layers may be `Streamed`.
       config: of the whole model.
       where: a device, a mesh with the axis "model" that the layers are cut over, or None for wherever the params are.
       ends: whether this is the first stage, and whether it is the last.
@@ -63,7 +85,9 @@ class Stage:
     @property
     def nbytes(self) -> int:
         """Of the weights, on all devices of the stage together."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        layers = self.params["layers"]
+        held = layers.held if isinstance(layers, Streamed) else layers
+        return sum(leaf.nbytes for leaf in jax.tree.leaves({**self.params, "layers": held}))
 
     def put(self, x: Any) -> Any:
         """x where the stage computes, on each device of a mesh."""
@@ -114,7 +138,7 @@ class Stage:
     def _step(self, run: Any, *arguments: Any) -> Any:
         function = run.func if isinstance(run, partial) else run
         options = run.keywords if isinstance(run, partial) else {}
-        if not compiles_fast(self.platform):
+        if not compiles_fast(self.platform) or isinstance(self.params["layers"], Streamed):
             function = _PLAIN[function]
         return function(self.params, *arguments, **options, **self._static())
 
