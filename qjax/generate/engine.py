@@ -126,10 +126,12 @@ def generate_ids(
     sampler: Sampler | None = None,
     seed: int = 0,
     cache_dtype: Any = jnp.float16,
+    microbatches: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Tokens that follow the prompts, int32 [batch] a step, for `max_tokens` steps; the caller stops at will.
 
-    Rows are cut into as many groups as keep all stages of the model busy. A row's tokens do not depend on the others.
+    Rows are cut into as many groups as keep all stages of the model busy, or into `microbatches`. A row's tokens do not
+    depend on the others.
 
     Raises:
       QjaxError: an empty prompt, a token id that is not in the vocabulary, more tokens than the model's context, or a
@@ -143,7 +145,7 @@ def generate_ids(
         check_prompt(config, prompt, max_tokens)
     keys, slots = row_keys(seed, np.arange(len(prompts))), slots_for(longest, min(max_tokens, NEW_SLOTS))
     runs = []
-    for rows in _groups(len(prompts), model.microbatches):
+    for rows in _groups(len(prompts), microbatches or model.microbatches):
         mine = prompts[rows]
         logits, cache = prefill(model, mine, model.init_cache(len(mine), slots, cache_dtype))
         options = {"steps": max_tokens, "sampler": sampler or Greedy(), "keys": keys[rows]}

@@ -93,6 +93,9 @@ class Stage:
         """x where the stage computes, on each device of a mesh."""
         if self.where is None:
             return x
+        # Asked once a step: what lies there already is not worth a call of JAX.
+        if isinstance(x, jax.Array) and not isinstance(self.where, Mesh) and x.devices() == {self.where}:
+            return x
         return jax.device_put(x, NamedSharding(self.where, PartitionSpec()) if self.mesh else self.where)
 
     def init_cache(self, batch: int, slots: int, dtype: Any) -> KVCache:

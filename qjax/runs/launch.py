@@ -22,8 +22,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(command: Sequence[str], count: int, *, pin: bool = False, devices: int | None = None) -> int:
-    """Run `qjax COMMAND` in `count` processes that know each other; returns the exit code of the first.
+QJAX = (sys.executable, "-m", "qjax.cli")
+
+
+def launch(
+    command: Sequence[str],
+    count: int,
+    *,
+    pin: bool = False,
+    devices: int | None = None,
+    program: Sequence[str] = QJAX,
+) -> int:
+    """Run `program COMMAND` in `count` processes that know each other; returns the exit code of the first.
 
     When one fails the others are ended at once: they would wait for it.
 
@@ -49,8 +59,7 @@ def launch(command: Sequence[str], count: int, *, pin: bool = False, devices: in
                     f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
                 )
             mine = cores[number * len(cores) // count : (number + 1) * len(cores) // count] if pin else []
-            command_line = [sys.executable, "-m", "qjax.cli", *command]
-            processes.append(_started(command_line, env, mine))
+            processes.append(_started([*program, *command], env, mine))
         return _watched(processes)
     finally:
         _ended(processes)
