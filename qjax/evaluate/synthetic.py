@@ -6,7 +6,6 @@ Nothing is ever encoded from floats. Names seed the generator: a name gives the 
 """
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.kernels import lay_out
 from qjax.models import ModelConfig
 from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies, put
+from qjax.pipeline.local import available_memory
 
 
 class FloatFormat(NamedTuple):
@@ -205,15 +205,6 @@ def plan(config: ModelConfig, mix: str) -> dict[str, Planned]:
         kind = types.get(name, "F32")
         planned[name] = Planned(shape, kind, math.prod(shape[:-1]) * type_of_name(kind, name).row_bytes(shape[-1]))
     return planned
-
-
-def available_memory() -> int | None:
-    """Bytes that can still be allocated without swapping, by Linux's reckoning; None where that is not to be had."""
-    try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _check_memory(planned: dict[str, Planned], mix: str) -> None:

@@ -36,6 +36,7 @@ def make_plan(
     microbatches: int | None = None,
     cache: CacheKind = "float",
     activations: Activations | None = None,
+    name: str | None = None,
 ) -> Plan:
     """A plan that has room, by headers alone.
 
@@ -45,12 +46,13 @@ def make_plan(
       type: what float matrices are quantized to while they are loaded.
       mode: "auto" for the fastest, or a ratio such as "3:1" of the layers' bytes, device by device.
       objective: of "auto"; see `solve`. microbatches: None for one, or as many as serve the throughput.
+      name: of the model, for messages.
 
     Raises:
       InfeasibleError: nothing has room; says what lacks and what would.
       QjaxError: numbers out of range, or see `model_sizes`.
     """
-    sizes = model_sizes(model, type)
+    sizes = model_sizes(model, type, name=name)
     if not devices:
         raise QjaxError("a plan needs at least one device")
     if objective not in get_args(Objective):
@@ -76,14 +78,14 @@ def make_plan(
     return found
 
 
-def check_plan(plan: Plan, model: Source | ModelConfig) -> Plan:
+def check_plan(plan: Plan, model: Source | ModelConfig, *, name: str | None = None) -> Plan:
     """The plan itself if it has room.
 
     Raises:
       InfeasibleError: it has not; says what lacks and what would have room with these stages.
       QjaxError: the model has other layers.
     """
-    sizes = model_sizes(model, plan.type)
+    sizes = model_sizes(model, plan.type, name=name)
     checked_context(sizes.config, plan.context)
     if lacking(plan, sizes):
         raise _infeasible(plan, model, sizes, lambda costs: (plan.stages, costs.microbatches))
