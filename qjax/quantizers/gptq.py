@@ -144,7 +144,8 @@ def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) 
         grids = Grid(jnp.ones((groups, out), jnp.float16), zero)
     else:
         grids = Grid(grid.scale.T, None if grid.zero is None else grid.zero.T)
-    eye = jnp.eye(blocksize, dtype=jnp.float32)
+    # All at once, before the loop: LAPACK wants its columns side by side, and R would be turned over for each block.
+    Hinv = _inverse_blocks(R, blocksize)
 
     def block(b: Any, carry: Any) -> Any:
         E, codes, grid = carry
@@ -156,8 +157,7 @@ def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) 
             return total + _dot(rows, lax.dynamic_slice(E, (k * tile, 0), (tile, out)))
 
         owed = lax.fori_loop(0, (i1 + tile - 1) // tile, add_tile, jnp.zeros((blocksize, out), jnp.float32))
-        R1 = lax.dynamic_slice(R, (i1, i1), (blocksize, blocksize))
-        Hinv1 = lax.linalg.triangular_solve(R1, eye, left_side=True, lower=False)
+        Hinv1 = lax.dynamic_index_in_dim(Hinv, b, keepdims=False)
         W1 = lax.dynamic_slice(E, (i1, 0), (blocksize, out)) + _dot(Hinv1, owed)
 
         def columns(s: Any, carry: Any) -> Any:
@@ -183,6 +183,14 @@ def _rounded(Wt: Any, R: Any, grid: Grid | None, g_idx: Any, options: _Options) 
     codes = jnp.zeros((n + pad, out), jnp.uint8)
     _, codes, grids = lax.fori_loop(0, -(-n // blocksize), block, (E, codes, grids))
     return codes[:n], grids
+
+
+def _inverse_blocks(R: Any, size: int) -> Any:
+    """Inverses [blocks, size, size] of the diagonal blocks of an upper triangular matrix."""
+    starts = jnp.arange(0, R.shape[0], size)
+    blocks = lax.map(lambda i: lax.dynamic_slice(R, (i, i), (size, size)), starts)
+    eye = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), blocks.shape)
+    return lax.linalg.triangular_solve(blocks, eye, left_side=True, lower=False)
 
 
 def _dot(a: Any, b: Any) -> Any:

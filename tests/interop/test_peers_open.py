@@ -22,8 +22,8 @@ from qjax.models.load import MATRICES
 pytestmark = pytest.mark.interop
 
 Peer = Callable[..., str]
-# Of the largest logit: float32 sums in another order; a kernel that rounds weights to float16; one for 2 bits that
-# rounds inputs to int8.
+# Of the largest logit: float32 sums in another order; AutoRound's kernels, which round weights to float16; the one for
+# 2 bits of auto-round-lib, which rounds inputs to int8.
 EXACT, HALF, ROUNDED = 1e-5, 1e-3, 2e-2
 
 
@@ -40,12 +40,12 @@ class Saved(NamedTuple):
 rtn = lambda *args, **options: functools.partial(qjax.RTN, *args, **options)
 ACT_ORDER = functools.partial(qjax.GPTQ, 4, 64, static_groups=False)
 SAVED = {
-    "gptq-w4g128": Saved("gptq", rtn(4, 128)),
-    "gptq-w4g32-asym": Saved("gptq", rtn(4, 32, symmetric=False)),
+    "gptq-w4g128": Saved("gptq", rtn(4, 128), HALF),
+    "gptq-w4g32-asym": Saved("gptq", rtn(4, 32, symmetric=False), HALF),
     "gptq-w2g64": Saved("gptq", rtn(2, 64), ROUNDED),
     "gptq-w3g128": Saved("gptq", rtn(3, 128), HALF),
-    "gptq-w8": Saved("gptq", rtn(8, -1)),
-    "gptq-w8g128-asym": Saved("gptq", rtn(8, 128, symmetric=False)),
+    "gptq-w8": Saved("gptq", rtn(8, -1), HALF),
+    "gptq-w8g128-asym": Saved("gptq", rtn(8, 128, symmetric=False), HALF),
     "gptq-act-order": Saved("gptq", ACT_ORDER),
     "awq-w4g128-asym": Saved("awq", rtn(4, 128, symmetric=False)),
     "awq-w4g32": Saved("awq", rtn(4, 32)),
@@ -54,7 +54,8 @@ SAVED = {
     "ct-w3g128": Saved("compressed-tensors", rtn(3, 128)),
     "ct-w2g64-asym": Saved("compressed-tensors", rtn(2, 64, symmetric=False)),
     "ct-w8": Saved("compressed-tensors", rtn(8, -1)),
-    "ct-act-order": Saved("compressed-tensors", ACT_ORDER),
+    # With groups in the order of columns; others are not in what compressed-tensors reads.
+    "ct-act-order": Saved("compressed-tensors", functools.partial(qjax.GPTQ, 4, 64)),
 }
 WEIGHTS_ONLY = ["hf-awq-w4g128", "hf-awq-w4g32-sym", "hf-ct-gptq-w4g128", "hf-ct-gptq-w4g128-asym"]
 WEIGHTS_ONLY += ["hf-ct-int8-w8a16", "hf-gptq-w2g32-asym", "hf-gptq-w3g128", "hf-gptq-w4g128", "hf-gptq-w4g128-asym"]

@@ -54,8 +54,11 @@ def compressed_tensors(part: dict[str, np.ndarray], config: dict) -> np.ndarray:
 def gptq(part: dict[str, np.ndarray], config: dict) -> np.ndarray:
     bits = config["bits"]
     codes = unpack(part["qweight"].T, bits)
-    # Version 1 stores one less.
-    zero = unpack(part["qzeros"], bits).T + (config.get("checkpoint_format", "gptq") == "gptq")
+    zero, first = part["qzeros"].view(np.uint32), config.get("checkpoint_format", "gptq") == "gptq"
+    if first and 32 % bits == 0:
+        # Version 1 stores one less, as a sum of shifted numbers: a -1 borrows from its neighbour. Here it is paid back.
+        zero = zero + np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    zero = unpack(zero.view(np.int32), bits).T + (first and 32 % bits != 0)
     size = codes.shape[1] if config["group_size"] == -1 else config["group_size"]
     index = part.get("g_idx", np.arange(codes.shape[1]) // size)
     scale = part["scales"].astype(np.float32).T

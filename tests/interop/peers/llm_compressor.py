@@ -60,6 +60,9 @@ def main() -> None:
     else:
         order = {} if args.actorder == "default" else {"actorder": None if args.actorder == "none" else args.actorder}
         recipe.append(GPTQModifier(config_groups=groups, ignore=["lm_head"], **order))
+    if not torch.accelerator.is_available():
+        # AWQ pins what it keeps of the inputs whether or not there is an accelerator, without which torch refuses.
+        torch.Tensor.pin_memory = lambda self, *_: self
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     samples = np.load(args.samples)
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 Run by a python that has transformers, and what the folders' formats need. compressed-tensors goes through transformers
 with its own package. GPTQ and AWQ go through AutoRound: the kernels of auto-round-lib where it is installed, else, of
-GPTQ, the one in torch, which takes no zero points, and of AWQ its unpacking into transformers' float model.
+GPTQ, the ones in torch, and of AWQ its unpacking into transformers' float model.
 
 The output is an .npz: float32 [samples, seq, vocab] by the name of each folder that there is a way for.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from auto_round.inference.backend import BackendInfos
 from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
 
 
@@ -39,12 +40,16 @@ def unpacked_awq(folder: Path, group_size: int) -> Any:
 def opened(folder: Path) -> torch.nn.Module | None:
     quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     method, options = quantization.get("quant_method"), {}
+    if quantization.get("desc_act"):
+        # AutoRound raises NotImplementedError for groups in another order.
+        return None
     if method in ("gptq", "awq"):
         kernels = importlib.util.find_spec("auto_round_kernel") is not None
         if method == "awq" and not kernels:
             return unpacked_awq(folder, quantization["group_size"])
         if not quantization["sym"] and not (kernels and quantization["bits"] in (2, 4, 8)):
-            return None
+            # The layer with zero points is there and right; it is only listed as one for symmetric weights.
+            BackendInfos["auto_round:torch_zp"].sym = [True, False]
         # transformers' own way needs optimum and gptqmodel.
         options["quantization_config"] = AutoRoundConfig(backend="auto" if kernels else "torch")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
