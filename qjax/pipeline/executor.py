@@ -39,8 +39,8 @@ class Executor(Protocol):
         """The same cache with room for more positions."""
         ...
 
-    def lengths(self, cache: Any) -> Int[Array, " batch"]:
-        """Positions seen of each row."""
+    def lengths(self, cache: Any) -> Any:
+        """Positions seen of each row, int32 [batch]."""
         ...
 
     def forward(

@@ -20,7 +20,7 @@ from qjax.pipeline.stage import Stage, Streamed, Where, platform_of
 from qjax.pipeline.tensor_parallel import cut, model_mesh
 
 
-def local_device(name: str) -> jax.Device:
+def local_device(name: str) -> Any:
     """JAX's device of a name such as "cuda:0".
 
     Raises:
@@ -34,7 +34,7 @@ def local_device(name: str) -> jax.Device:
         raise QjaxError(f"there is no device {name} here; there are {found} (and cpu:0)") from None
 
 
-def _name(device: jax.Device) -> str:
+def _name(device: Any) -> str:
     kind = "cuda" if device.platform == "gpu" else device.platform
     return f"{kind}:{device.local_hardware_id if device.local_hardware_id is not None else device.id}"
 

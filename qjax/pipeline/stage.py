@@ -21,7 +21,8 @@ from qjax.pipeline.tensor_parallel import cache_shardings, local_config, paralle
 
 # sampler(logits [batch, vocab], seen [batch, vocab], keys [batch]) -> int32 [batch]; hashable.
 Sampler = Any
-Where = jax.Device | Mesh | None
+# A jax.Device, a mesh of them, or None.
+Where = Any
 
 
 def platform_of(where: Where) -> str:
@@ -34,7 +35,7 @@ def platform_of(where: Where) -> str:
 class Streamed(Sequence[Params]):
     """Packed layers in the host's memory that go to a device one by one, each while the one before computes."""
 
-    def __init__(self, layers: Sequence[Params], device: jax.Device) -> None:
+    def __init__(self, layers: Sequence[Params], device: Any) -> None:
         self.held, self.device = layers, device
 
     def __len__(self) -> int:
@@ -130,20 +131,20 @@ class Stage:
 
     def step(self, x: Any, cache: KVCache) -> tuple[Any, KVCache]:
         """One token a row: the tokens [batch], or the hidden states of the stage before [batch, 1, hidden]."""
-        return self._step(_run_step, self.put(x), cache)
+        run = _run_step if self._whole else _step
+        return run(self.params, self.put(x), cache, **self._static())
 
     def last_step(
         self, x: Any, cache: KVCache, seen: Bool[Array, "batch vocab"], keys: Any, *, sampler: Sampler
     ) -> tuple[Int[Array, " batch"], Bool[Array, "batch vocab"], Any, KVCache]:
         """`step` of the last stage, down to the tokens that follow."""
-        return self._step(partial(_run_last, sampler=sampler), self.put(x), cache, seen, keys)
+        run = _run_last if self._whole else _last
+        return run(self.params, self.put(x), cache, seen, keys, sampler=sampler, **self._static())
 
-    def _step(self, run: Any, *arguments: Any) -> Any:
-        function = run.func if isinstance(run, partial) else run
-        options = run.keywords if isinstance(run, partial) else {}
-        if not compiles_fast(self.platform) or isinstance(self.params["layers"], Streamed):
-            function = _PLAIN[function]
-        return function(self.params, *arguments, **options, **self._static())
+    @property
+    def _whole(self) -> bool:
+        """Whether a step is one program."""
+        return compiles_fast(self.platform) and not isinstance(self.params["layers"], Streamed)
 
     def _static(self) -> dict[str, Any]:
         return {"config": self.config, "activations": self.activations, "ends": self.ends, "mesh": self.mesh}
@@ -209,4 +210,3 @@ _STATIC = ("config", "activations", "ends", "mesh")
 # All of a step as one program: nothing of Python runs between its layers, on a machine whose cores are all busy.
 _run_step = jax.jit(_step, static_argnames=_STATIC, donate_argnames=("cache",))
 _run_last = jax.jit(_last, static_argnames=(*_STATIC, "sampler"), donate_argnames=("cache", "seen"))
-_PLAIN = {_run_step: _step, _run_last: _last}

@@ -245,6 +245,6 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     return jax.tree.map(by_heads, cache)
 
 
-def model_mesh(devices: list[jax.Device]) -> Mesh:
+def model_mesh(devices: list[Any]) -> Mesh:
     """A mesh that one stage's layers are cut over."""
     return Mesh(np.array(devices), (MODEL,))

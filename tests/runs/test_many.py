@@ -81,7 +81,7 @@ def test_from_an_event_loop(model: qjax.Model) -> None:
         async def one(prompt: str) -> list[int | None]:
             return [piece.id async for piece in model.stream_async(prompt, max_tokens=5, temperature=0)]
 
-        return await asyncio.gather(one(PROMPTS[0]), one(PROMPTS[1]))
+        return list(await asyncio.gather(one(PROMPTS[0]), one(PROMPTS[1])))
 
     wanted = [[piece.id for piece in model.stream(p, max_tokens=5, temperature=0)] for p in PROMPTS[:2]]
     assert asyncio.run(both()) == wanted
