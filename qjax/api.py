@@ -263,7 +263,7 @@ def save(
     path: str | Path,
     format: str = "gguf",
     *,
-    recipe: Provenance = NOTHING_KNOWN,
+    provenance: Provenance = NOTHING_KNOWN,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
@@ -274,7 +274,7 @@ def save(
       path: a file for "gguf", else a folder to be made.
       format: "gguf"; "gptq", "gptq_v2", "awq" or "compressed-tensors", which vLLM, transformers and others read; or
         "qjax", which holds any packed weight and is read by qjax alone.
-      recipe: how the model came to be, for the model card of a folder.
+      provenance: how the model came to be, for the model card of a folder.
       max_shard_bytes: of weights in each file of a folder. overwrite: a folder with files in it.
       progress: told each weight's name once it is written, in a folder.
 
@@ -283,7 +283,7 @@ def save(
       QjaxError: `format` is none of these, there is something at `path`, or the disk refuses.
     """
     if format != "gguf":
-        options: dict[str, Any] = {"recipe": recipe, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
+        options: dict[str, Any] = {"provenance": provenance, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
         facts = (model.params, model.config, model.metadata, model.source)
         return save_folder(*facts, path, format, **options, progress=progress)
     tensors = []

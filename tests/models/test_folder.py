@@ -108,8 +108,8 @@ def test_weights_have_the_checkpoints_names_and_rows(
 
 @pytest.mark.filterwarnings("ignore:tokenizer.json and")
 def test_config_and_card(model: qjax.Model, tmp_path: Path) -> None:
-    recipe = Provenance("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
-    folder = qjax.save(model, tmp_path / "out", "gptq", recipe=recipe)
+    told = Provenance("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
+    folder = qjax.save(model, tmp_path / "out", "gptq", provenance=told)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == json.loads((folder / "quantize_config.json").read_text())
     card = (folder / "README.md").read_text()
