@@ -32,6 +32,7 @@ from qjax.generate import Piece, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
+from qjax.models.exact import rounds_inputs, warn_unrounded
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
@@ -270,6 +271,8 @@ def save(
 ) -> Path:
     """Write a model, whole or not at all; packed weights go to the bytes they came from.
 
+    That activations are rounded a GGUF file cannot say: it is left out, with a warning.
+
     Args:
       path: a file for "gguf", else a folder to be made.
       format: "gguf"; "gptq", "gptq_v2", "awq" or "compressed-tensors", which vLLM, transformers and others read; or
@@ -286,10 +289,13 @@ def save(
         options: dict[str, Any] = {"provenance": provenance, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
         facts = (model.params, model.config, model.metadata, model.source)
         return save_folder(*facts, path, format, **options, progress=progress)
-    tensors = []
+    tensors, rounded = [], []
     for name, array in gguf_tensors(model.params, model.config):
+        if rounds_inputs(array):
+            rounded.append(name)
         make = functools.partial(_named, name, blocks_of, array)
         tensors.append(TensorToWrite(name, array.shape, _named(name, type_for, array), make))
+    warn_unrounded(Path(path), rounded)
     metadata = rewrite.with_file_type(model.metadata, {t.name: (t.type, t.shape) for t in tensors})
     write_gguf(path, metadata, tensors, metadata_types=model.metadata_types)
     return Path(path)
