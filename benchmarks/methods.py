@@ -23,11 +23,12 @@ from vs_llamacpp_report import table
 import qjax
 from qjax.arrays import Scheme
 from qjax.arrays.scheme import parse_scheme
-from qjax.calibrate.blocks import Block, Line, Method, begin_blocks
+from qjax.calibrate.blocks import Line, Method
+from qjax.calibrate.driver import model_of, quantize_blocks
 from qjax.evaluate.compare import Candidate, Comparison, compare
 from qjax.kernels.layout import lay_out
 from qjax.models.chunks import begun, chunks_of
-from qjax.models.load import MATRICES
+from qjax.models.load import MATRICES, layer_tensor
 from qjax.text.files import read_text
 
 HEAD = ["scheme", "method", "KLD", "less the first's (95 %)", "perplexity", "same top", "bits a weight", "seconds"]
@@ -64,18 +65,10 @@ def calibration(model: qjax.Model, text: str, samples: int, length: int, seed: i
 
 def quantized(model: qjax.Model, method: Method, scheme: Scheme, tokens: np.ndarray) -> tuple[qjax.Model, list[Line]]:
     """The model with all matrices of its layers quantized, and what was lost of each."""
-    x = begin_blocks(model.params["token_embd"], tokens)
-    true = x if method.needs_float else None
-    layers, lines = [], []
-    for i, weights in enumerate(model.params["layers"]):
-        schemes = dict.fromkeys(MATRICES, scheme)
-        block = Block(i, weights, schemes, model.config, model.params["rope"], x, true)
-        packed, said = method(block)
-        x = block.outputs(packed, x)
-        true = None if true is None else block.outputs(weights, true)
-        layers.append({name: lay_out(name, array) for name, array in packed.items()})
-        lines += said
-    return dataclasses.replace(model, params={**model.params, "layers": layers}), lines
+    names = [layer_tensor(i, name) for i in range(model.config.layers) for name in MATRICES]
+    floats = model_of(model.params, model.config)
+    made = quantize_blocks(floats, method, dict.fromkeys(names, scheme), tokens, lay_out=lay_out)
+    return dataclasses.replace(model, params=made.params), made.lines
 
 
 def measured(

@@ -33,6 +33,7 @@ from qjax.generate import Piece, generate_many_ids, make_sampler, stream_text
 from qjax.kernels import Activations, default_activations
 from qjax.kernels.layout import lay_out as kernels_layout
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
+from qjax.models.exact import rounds_inputs, warn_unrounded
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, checked_config, gguf_tensors, put
 from qjax.models.rewrite import PLAIN_TYPES
@@ -353,18 +354,20 @@ def save(
     path: str | Path,
     format: str = "gguf",
     *,
-    recipe: Provenance = NOTHING_KNOWN,
+    provenance: Provenance = NOTHING_KNOWN,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write a model, whole or not at all; packed weights go to the bytes they came from.
 
+    That activations are rounded a GGUF file cannot say: it is left out, with a warning.
+
     Args:
       path: a file for "gguf", else a folder to be made.
       format: "gguf"; "gptq", "gptq_v2", "awq" or "compressed-tensors", which vLLM, transformers and others read; or
         "qjax", which holds any packed weight and is read by qjax alone.
-      recipe: how the model came to be, for the model card of a folder.
+      provenance: how the model came to be, for the model card of a folder.
       max_shard_bytes: of weights in each file of a folder. overwrite: a folder with files in it.
       progress: told each weight's name once it is written, in a folder.
 
@@ -373,13 +376,16 @@ def save(
       QjaxError: `format` is none of these, there is something at `path`, or the disk refuses.
     """
     if format != "gguf":
-        options: dict[str, Any] = {"recipe": recipe, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
+        options: dict[str, Any] = {"provenance": provenance, "shard_bytes": max_shard_bytes, "overwrite": overwrite}
         facts = (model.params, model.config, model.metadata, model.source)
         return save_folder(*facts, path, format, **options, progress=progress)
-    tensors = []
+    tensors, rounded = [], []
     for name, array in gguf_tensors(model.params, model.config):
+        if rounds_inputs(array):
+            rounded.append(name)
         make = functools.partial(_named, name, blocks_of, array)
         tensors.append(TensorToWrite(name, array.shape, _named(name, type_for, array), make))
+    warn_unrounded(Path(path), rounded)
     metadata = rewrite.with_file_type(model.metadata, {t.name: (t.type, t.shape) for t in tensors})
     write_gguf(path, metadata, tensors, metadata_types=model.metadata_types)
     return Path(path)

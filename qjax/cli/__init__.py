@@ -9,7 +9,7 @@ from typing import Any
 
 from qjax import __version__
 from qjax.cache import cache_root
-from qjax.cli import calibrate, convert, launch, measure, plan, quantize, run, text
+from qjax.cli import calibrate, convert, launch, measure, plan, push, quantize, run, text
 from qjax.cli.arguments import Commands, Parser
 from qjax.errors import QjaxError, QjaxWarning
 
@@ -21,7 +21,7 @@ def parser_and_commands() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     )
     parser.add_argument("--version", action="version", version=f"qjax {__version__}")
     commands = Commands(parser)
-    for module in (text, measure, plan, launch, calibrate, convert, quantize, run):
+    for module in (text, measure, plan, launch, calibrate, convert, quantize, push, run):
         module.add(commands)
     return parser, commands.names
 

@@ -19,7 +19,7 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, mess
     """
     path, wish = Path(folder), hub_id(repo_id)
     if wish is None or wish.file is not None:
-        raise QjaxError(f"{repo_id}: expected a repository's id, owner/name")
+        raise QjaxError(f"{repo_id}: expected a repository's id, owner/name or owner/name@branch")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         raise QjaxError(f"{folder}: there is nothing to upload")
     from huggingface_hub import HfApi

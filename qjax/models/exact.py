@@ -1,7 +1,8 @@
 """What a tensor of a source becomes in a GGUF file if nothing of it is to change."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,25 @@ def kept_types(source: Source, names: Iterable[str]) -> dict[str, str]:
         types[name] = source.tensors[name].type
         if name in source.found:
             array = source.array(name)
-            if isinstance(array, TransformedArray) and array.rounding is not None:
+            if rounds_inputs(array):
                 rounded.append(name)
             types[name] = _exact_type(source, name, array)
             source.release(name)
-    if rounded:
-        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
-        text = f"{source.path}: {rounded[0]}{more}: a GGUF file cannot say that activations are rounded: left out"
-        warnings.warn(text, QjaxWarning, stacklevel=3)
+    warn_unrounded(source.path, rounded)
     return types
+
+
+def rounds_inputs(array: Any) -> bool:
+    """Whether a weight's activations are to be rounded, which no GGUF file can say."""
+    return isinstance(array, TransformedArray) and array.rounding is not None
+
+
+def warn_unrounded(path: Path, names: Sequence[str]) -> None:
+    """Say once of which weights `path` leaves the rounding of activations out."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        text = f"{path}: {names[0]}{more}: a GGUF file cannot say that activations are rounded: left out"
+        warnings.warn(text, QjaxWarning, stacklevel=3)
 
 
 def _exact_type(source: Source, name: str, array: Any) -> str:
@@ -57,7 +68,4 @@ def kept_bytes(source: Source, name: str, kind: str) -> UInt8[np.ndarray, "*rows
 
 
 def _exact(array: Any) -> tuple[str, UInt8[np.ndarray, "*rows row_bytes"]]:
-    if isinstance(array, TransformedArray) and array.rounding is not None:
-        array = array.replace(rounding=None, x_scale=None)  # pyright: ignore[reportAttributeAccessIssue]
-        array = array.inner if array.columns is None and array.input_scale is None else array
     return type_for(array), blocks_of(array)

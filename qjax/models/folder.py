@@ -42,7 +42,7 @@ def save_folder(
     path: str | Path,
     format_name: str,
     *,
-    recipe: Provenance = NOTHING_KNOWN,
+    provenance: Provenance = NOTHING_KNOWN,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
@@ -52,7 +52,7 @@ def save_folder(
     Args:
       metadata: GGUF's. source: what the model came from: a folder's files are taken over, else they
         are made.
-      path: the folder to make. format_name: a key of `TARGETS`. recipe: for the model card.
+      path: the folder to make. format_name: a key of `TARGETS`. provenance: for the model card.
       shard_bytes, overwrite, progress: see `write_folder`.
 
     Raises:
@@ -68,7 +68,7 @@ def save_folder(
     kinds = {w.name: _words(w.array) for w in weights if w.array.ndim > 1}
 
     def all_files(quantization: dict[str, Any]) -> dict[str, bytes]:
-        card = model_card(Path(path).name, target.name, kinds, recipe, metadata)
+        card = model_card(Path(path).name, target.name, kinds, provenance, metadata)
         found = {**files, "config.json": _json({**values, "quantization_config": quantization})}
         if quantization["quant_method"] == "gptq":
             # Where readers looked before config.json had it.

@@ -199,7 +199,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
 
 def _save(model: api.Model, output: Output, told: card.Provenance, progress: Callable[[str], None]) -> None:
     try:
-        api.save(model, output.path, output.format, recipe=told, progress=progress)
+        api.save(model, output.path, output.format, provenance=told, progress=progress)
     except UnsupportedError as error:
         raise UnsupportedError(f"{error}; all blocks are kept: the same with another --format writes them") from error
 

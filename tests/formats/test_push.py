@@ -33,6 +33,7 @@ class Hub(BaseHTTPRequestHandler):
 
     asked: ClassVar[list[str]] = []
     files: ClassVar[dict[str, bytes]] = {}
+    bodies: ClassVar[dict[str, bytes]] = {}
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -52,6 +53,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.asked.append(f"POST {self.path}")
+        self.bodies[self.path] = body
         if self.headers["Authorization"] != "Bearer hf_the_token":
             self.answer(401, {"error": "who are you"})
         elif "closed" in self.path or (b'"name": "closed"' in body or b'"name":"closed"' in body):
@@ -74,28 +76,40 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, {})
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
-def push(tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
+def run(tmp_path: Path) -> Iterator[Run]:
+    """`run(argument of Python's, ..., VARIABLE=...)`: Python in a process of its own, which knows this Hub alone."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
 
-    def run(folder: Path, *repos: str, **variables: str) -> list[str]:
+    def call(*argv: Any, **variables: str) -> subprocess.CompletedProcess[str]:
         # The Hub's library reads its variables when it is imported.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub")}
         own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
-        command = [sys.executable, "-c", PUSH, str(folder), *repos]
+        command = [sys.executable, *map(str, argv)]
         environment = kept | proxies | own | variables
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
 
-    yield run
+    yield call
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def push(run: Run) -> Callable[..., list[str]]:
+    def call(folder: Path, *repos: str, **variables: str) -> list[str]:
+        done = run("-c", PUSH, folder, *repos, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return call
 
 
 def test_a_folder_arrives(push: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -116,6 +130,34 @@ def test_a_folder_arrives(push: Callable[..., list[str]], tmp_path: Path) -> Non
     assert "HF_TOKEN" in answer
     (answer,) = push(folder, "ann/new", HF_TOKEN="hf_the_token", HF_ENDPOINT="http://127.0.0.1:1")
     assert answer.startswith("error ann/new: it cannot be uploaded")
+
+
+def test_the_command(run: Run, tmp_path: Path) -> None:
+    """Says where it is, or in one line why not."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"by": "the command"}')
+    command = ("-m", "qjax.cli", "push", tmp_path / "out")
+    done = run(*command, "ann/new", "--private", "--revision", "dev", "--message", "a word", HF_TOKEN="hf_the_token")
+    assert (done.returncode, done.stdout) == (0, f"{done.stdout.partition('/ann/')[0]}/ann/new\n"), done.stderr
+    assert Hub.files["config.json"] == b'{"by": "the command"}'
+    made = json.loads(Hub.bodies["/api/repos/create"])
+    # By the version of the Hub's library.
+    assert made.get("private") is True or made.get("visibility") == "private"
+    header = json.loads(Hub.bodies["/api/models/ann/new/commit/dev"].splitlines()[0])
+    assert header["value"]["summary"] == "a word"
+    done = run(*command, "ann/new", "--json", HF_TOKEN="hf_the_token")
+    assert json.loads(done.stdout).keys() == {"path", "repo", "url"}
+    for argv, words in (
+        (("ann/closed",), "ann/closed: the Hub refuses (401)"),
+        (("ann/new@dev", "--revision", "dev"), "names a branch already"),
+        (("new",), "expected a repository's id"),
+        (("ann/new", "--revision", "a b"), "expected a repository's id"),
+    ):
+        done = run(*command, *argv)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("qjax: error: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_what_is_nothing_to_upload(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,8 +109,8 @@ def test_weights_have_the_checkpoints_names_and_rows(
 
 @pytest.mark.filterwarnings("ignore:tokenizer.json and")
 def test_config_and_card(model: qjax.Model, tmp_path: Path) -> None:
-    recipe = Provenance("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
-    folder = qjax.save(model, tmp_path / "out", "gptq", recipe=recipe)
+    told = Provenance("ann/base", "GPTQ(percdamp=0.01)", ["attn -> w4g32"], "text | 128 x 256", {"perplexity": 5.25})
+    folder = qjax.save(model, tmp_path / "out", "gptq", provenance=told)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == json.loads((folder / "quantize_config.json").read_text())
     card = (folder / "README.md").read_text()
@@ -170,6 +171,28 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_stays(write_model: Write
         assert not list(tmp_path.iterdir())
     with pytest.raises(UnsupportedError, match=r"^blk\.0\.attn_q\.weight: no GGUF type"):
         qjax.save(quantized(path, attn_q="w3g32"), tmp_path / "out.gguf")
+
+
+@pytest.mark.filterwarnings("ignore:tokenizer.json and", "ignore:.*only token ids go")
+def test_gguf_leaves_the_rounding_of_activations_out_and_says_so_once(write_model: WriteModel, tmp_path: Path) -> None:
+    given = quantized(write_model(meta={"tokenizer.ggml.model": "none"}), "w8")
+    for layer in given.params["layers"]:
+        for name in ("ffn_up", "ffn_down"):
+            layer[name] = TransformedArray(layer[name], rounding="int8")
+    folder = qjax.save(given, tmp_path / "w8a8", "qjax")
+    for path, write in (
+        (folder, lambda: qjax.convert(folder, tmp_path / "converted.gguf")),
+        (tmp_path / "saved.gguf", lambda: qjax.save(qjax.load(folder), tmp_path / "saved.gguf")),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            write()
+        (said,) = (str(w.message) for w in caught if "activations are rounded" in str(w.message))
+        assert said.startswith(f"{path}: blk.0.ffn_")
+        assert f".weight and {2 * given.config.layers - 1} more: " in said
+    saved, converted = (open_gguf(tmp_path / f"{name}.gguf") for name in ("saved", "converted"))
+    assert saved.tensors["blk.0.ffn_up.weight"].type == "Q8_0"
+    assert all(np.array_equal(saved.raw(name), converted.raw(name)) for name in converted.tensors)
 
 
 @pytest.mark.filterwarnings("ignore:tokenizer.json and")

@@ -4,15 +4,15 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from qjax.arrays import TransformedArray
 from qjax.arrays.affine import AffineArray
 from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.methods.packed import lost, with_activations
 from qjax.calibrate.methods.pairs import PAIRS, Pair, fold, foldable, of_rows, ties
-from qjax.quantizers.input_sums import InputSums, both, input_sums, scaled, squared_error
+from qjax.quantizers.input_sums import InputSums, both, input_sums, scaled
 
 # find(pair, float32 matrices that are to be packed, by their names, ties) -> scale of each column (None for ones), and
 # what to say of it.
@@ -102,24 +102,17 @@ def pack_scaled(
             w = jnp.asarray(weights[name]).astype(jnp.float32)
             second = scaled(sums[pair.names].second, found.columns[name])
             packed = pack(name, w, second)
-            back = found.rows.get(name, jnp.ones(w.shape[0], jnp.float32))
-            weight_error, output_error = map(float, _lost(packed.dequantize(), w, back, second))
+            made, true = packed.dequantize(), w
+            if name in found.rows:
+                # What the next matrix makes of its rows counts.
+                made, true = (leaf * found.rows[name][:, None] for leaf in (made, true))
+            errors = float(lost(made, true)), float(lost(made, true, second))
             took = found.seconds[name] + time.perf_counter() - start
-            lines.append(Line(block.index, name, str(scheme), weight_error, output_error, took, found.notes[name]))
-            rounding = "int8" if scheme.activations == "int8" else None
-            if name in found.kept or rounding is not None:
-                packed = TransformedArray(packed, input_scale=found.kept.get(name), rounding=rounding)
-            weights[name] = packed
+            lines.append(Line(block.index, name, str(scheme), *errors, took, found.notes[name]))
+            if name in found.kept:
+                packed = TransformedArray(packed, input_scale=found.kept[name])
+            weights[name] = with_activations(packed, scheme)
     return weights, lines
-
-
-@jax.jit
-def _lost(made: Any, true: Any, rows: Any, second: Any) -> tuple[Any, Any]:
-    """Of weights and of products, whose rows were over `rows`: mean squares of what is lost over those of the true."""
-    error, true = (made - true) * rows[:, None], true * rows[:, None]
-    ratio = lambda a, b: a / jnp.maximum(b, jnp.float32(1e-30))
-    squares = lambda w: jnp.sum(jnp.square(w))
-    return ratio(squares(error), squares(true)), ratio(squared_error(error, second), squared_error(true, second))
 
 
 def _as_was(weight: Any, before: Any) -> Any:

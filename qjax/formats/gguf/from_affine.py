@@ -28,9 +28,12 @@ _TYPES = {(4, False): "Q4_0", (4, True): "Q4_1", (5, False): "Q5_0", (5, True): 
 def type_for(array: Any) -> str:
     """ggml's name of the type that `blocks_of` gives bytes of; by the array's shapes.
 
+    That inputs are rounded is left out: GGUF cannot say it.
+
     Raises:
       UnsupportedError: no type of GGUF holds it; says why.
     """
+    array = _unrounded(array)
     try:
         return type_of(array)
     except UnsupportedError:
@@ -46,6 +49,7 @@ def blocks_of(array: Any) -> UInt8[np.ndarray, "*rows row_bytes"]:
     Raises:
       UnsupportedError: numbers that this type does not hold exactly.
     """
+    array = _unrounded(array)
     try:
         type_of(array)
     except UnsupportedError:
@@ -53,10 +57,17 @@ def blocks_of(array: Any) -> UInt8[np.ndarray, "*rows row_bytes"]:
     return to_blocks(array)
 
 
+def _unrounded(array: Any) -> Any:
+    if not isinstance(array, TransformedArray) or array.rounding is None:
+        return array
+    array = array.replace(rounding=None, x_scale=None)  # pyright: ignore[reportAttributeAccessIssue]
+    return array.inner if array.columns is None and array.input_scale is None else array
+
+
 def _checked(array: TransformedArray) -> TransformedArray:
     """UnsupportedError unless columns in whole groups are all that is moved."""
-    if array.input_scale is not None or array.rounding is not None:
-        raise UnsupportedError("GGUF has no inputs that are scaled or rounded: save as compressed-tensors or qjax")
+    if array.input_scale is not None:
+        raise UnsupportedError("GGUF has no inputs that are scaled: save as qjax, or fold the scale into the norm")
     if affine_parts(array, "GGUF").group_order() is None:
         raise UnsupportedError("GGUF has columns in their own order alone: save as gptq or qjax")
     return array

@@ -22,7 +22,7 @@ class Provenance(NamedTuple):
 
 
 def model_card(
-    name: str, format_name: str, kinds: Mapping[str, str], recipe: Provenance, metadata: Mapping[str, Any]
+    name: str, format_name: str, kinds: Mapping[str, str], provenance: Provenance, metadata: Mapping[str, Any]
 ) -> str:
     """The text of a model card.
 
@@ -35,18 +35,18 @@ def model_card(
     license_name = metadata.get("general.license")
     if isinstance(license_name, str) and re.fullmatch(r"[\w.-]{1,64}", license_name):
         lines.append(f"license: {license_name}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base):
-        lines.append(f"base_model: {recipe.base}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", provenance.base):
+        lines.append(f"base_model: {provenance.base}")
     lines += ["tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {name}", ""]
-    of = f" of {recipe.base}" if recipe.base else ""
+    of = f" of {provenance.base}" if provenance.base else ""
     lines += [f"A quantized copy{of} in the format {format_name}, saved by qjax {__version__}.", ""]
     told = {
-        "Method": recipe.method,
-        "Rules": ", ".join(f"`{rule}`" for rule in recipe.rules),
-        "Calibration": recipe.calibration,
+        "Method": provenance.method,
+        "Rules": ", ".join(f"`{rule}`" for rule in provenance.rules),
+        "Calibration": provenance.calibration,
         **{
             title: f"{value:.6g}" if isinstance(value, float) else str(value)
-            for title, value in recipe.measured.items()
+            for title, value in provenance.measured.items()
         },
     }
     rows = [f"| {title} | {_cell(value)} |" for title, value in told.items() if value]

@@ -119,6 +119,22 @@ def test_awq_loses_less_than_rounding_to_nearest() -> None:
     assert isinstance(found[AWQ(fold=False)][0]["attn_output"], TransformedArray)
 
 
+@pytest.mark.parametrize(("seed", "clipped"), [(0, True), (1, False)])
+def test_queries_and_keys_are_clipped_where_the_output_is_nearer(
+    seed: int, clipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = block("llama", 4, scheme=Scheme(2, 16, symmetric=False), seed=seed)
+    # The decision looks at one batch, with all else as it was: here at all that is measured.
+    b = dataclasses.replace(b, schemes={name: b.schemes[name] for name in ("attn_q", "attn_k")}, batch=6)
+    true = b.outputs(b.weights, b.inputs)
+    error = lambda method: float(np.square(b.outputs(method(b)[0], b.inputs) - true).mean())
+    found, whole = error(AWQ(n_grid=8)), error(AWQ(n_grid=8, clip=False))
+    monkeypatch.setattr("qjax.calibrate.methods.awq._unclipped", lambda *_: ())
+    shrunk = error(AWQ(n_grid=8))
+    assert found == (shrunk if clipped else whole)
+    assert found < 0.7 * (whole if clipped else shrunk)
+
+
 def test_the_same_block_gives_the_same_bits() -> None:
     b = block(scheme=Scheme(3, 16))
     (first, lines), (second, again) = AWQ()(b), AWQ()(b)

@@ -33,7 +33,8 @@ def matrix(bits: int, groups: int, *, zero: bool = False, exact: bool = True) ->
 def test_gguf_decodes_the_same_floats(bits: int, zero: bool, name: str, groups: int) -> None:
     plain = matrix(bits, groups, zero=zero)
     whole = np.arange(128).reshape(groups, -1)[::-1, ::-1].ravel().astype(np.int32)
-    for array in (plain, lay_out("w", plain), TransformedArray(plain, columns=whole)):
+    rounded = TransformedArray(lay_out("w", plain), rounding="int8")
+    for array in (plain, lay_out("w", plain), TransformedArray(plain, columns=whole), rounded):
         assert type_for(array) == name
         kind = gguf.GGMLQuantizationType[name]
         expected = np.asarray(jax.tree.map(jnp.asarray, array).dequantize())
@@ -51,5 +52,5 @@ def test_what_would_lose_is_refused() -> None:
     mixed = np.random.default_rng(0).permutation(128).astype(np.int32)
     with pytest.raises(UnsupportedError, match="columns in their own order"):
         type_for(TransformedArray(matrix(4, 4), columns=mixed))
-    with pytest.raises(UnsupportedError, match="scaled or rounded"):
-        type_for(TransformedArray(matrix(8, 4), rounding="int8"))
+    with pytest.raises(UnsupportedError, match="inputs that are scaled"):
+        type_for(TransformedArray(matrix(8, 4), input_scale=np.ones(128, np.float32), rounding="int8"))
