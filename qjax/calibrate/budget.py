@@ -7,9 +7,10 @@ that the encoder really makes, in all rows of a small matrix, in rows drawn by h
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 
 from qjax.arrays import QuantizedArray, parse_scheme
 from qjax.calibrate.fisher import Fisher, divergence_of, drawn_rows
@@ -57,6 +58,12 @@ def _some_rows(file: Source, name: str, rows: np.ndarray | None) -> Float32[np.n
     return np.asarray(array if rows is None else array[rows], np.float32)
 
 
+@jax.jit
+def _floats(array: QuantizedArray) -> Float32[Array, "rows in"]:
+    """One program for each type, not one for each operation."""
+    return array.dequantize()
+
+
 def _costs(
     w: np.ndarray, kinds: Sequence[str], fisher: Fisher, rows: Any, importance: Any, effort: Effort
 ) -> list[float]:
@@ -65,9 +72,9 @@ def _costs(
         if kind in FLOAT_TYPES:
             made = w.astype(FLOAT_TYPES[kind]).astype(np.float32)
         elif kind not in GGML_TYPES:
-            made = rtn(jnp.asarray(w), parse_scheme(kind)).dequantize()
+            made = _floats(rtn(jnp.asarray(w), parse_scheme(kind)))
         else:
-            made = from_blocks(kind, encode(kind, w, importance, effort)).dequantize()
+            made = _floats(from_blocks(kind, encode(kind, w, importance, effort)))
         costs.append(divergence_of(fisher, jnp.asarray(made) - jnp.asarray(w), rows))
     return costs
 

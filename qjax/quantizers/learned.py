@@ -6,6 +6,7 @@ through the rounding as if it were not there (Bengio et al. 2013), and each step
 there, any quantizer's result may be the start, and of a grid its scale and zero point are learned, not its two ends.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,7 @@ _rounded.defjvp(lambda primals, tangents: (_rounded(*primals), *tangents))
 _stored.defjvp(lambda primals, tangents: (_stored(*primals), *tangents))
 
 
+@partial(jax.jit, static_argnames=("scheme", "reach"))
 def anchored(
     w: Float[Array, "out in"], start: AffineArray, scheme: Scheme, reach: float = 0.49
 ) -> tuple[Anchor, Offsets]:
@@ -99,6 +101,7 @@ def fake_quantized(offsets: Offsets, anchor: Anchor, scheme: Scheme) -> Float32[
     return (scale * (codes - zero)).reshape(len(codes), -1)
 
 
+@partial(jax.jit, static_argnames="scheme")
 def packed(offsets: Offsets, anchor: Anchor, scheme: Scheme) -> AffineArray:
     """The array that the offsets mean."""
     codes, scale, zero = _quantized(offsets, anchor, scheme)

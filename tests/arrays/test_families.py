@@ -1,5 +1,7 @@
 """Laws of packed arrays, against the oracle `gguf.quants`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +49,10 @@ def assert_same_bits(ours: jax.Array, theirs: np.ndarray) -> None:
     np.testing.assert_array_equal(ours.view(np.uint32)[~nan], theirs.view(np.uint32)[~nan])
 
 
+@jax.jit
 def jitted(array: QuantizedArray) -> jax.Array:
-    return jax.jit(lambda a: a.dequantize())(array)
+    """One function for all tests, and few shapes: what one has compiled the others use."""
+    return array.dequantize()
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -56,21 +60,23 @@ def test_dequantize_is_the_oracle_bit_for_bit(kind: str) -> None:
     raw = random_bytes(kind, 96, 768, 1)
     array, floats = from_blocks(kind, raw), oracle(kind, raw)
     assert array.shape == floats.shape == (96, 768)
-    assert_same_bits(array.dequantize(), floats)
     assert_same_bits(jitted(array), floats)
+    # Operation by operation, each a program: one of each family; the raw ones have a test of their own.
+    if kind in ("Q5_1", "Q4_K", "IQ4_XS"):
+        assert_same_bits(array.dequantize(), floats)
 
 
 @given(st.sampled_from(sorted(BLOCK_TYPES)), st.integers(0, 2**31))
 @settings(max_examples=40)
 def test_dequantize_holds_for_any_bytes(kind: str, seed: int) -> None:
-    raw = random_bytes(kind, 4, 512, seed)
+    raw = random_bytes(kind, 96, 768, seed)
     assert_same_bits(jitted(from_blocks(kind, raw)), oracle(kind, raw))
 
 
 @pytest.mark.parametrize("kind", [k for k in BLOCK_TYPES if k not in ("MXFP4",)])
 @pytest.mark.parametrize("bits", [0x0001, 0x03FF, 0x8001, 0x7C00, 0xFC00, 0x7E00, 0x0000, 0x8000, 0x7BFF])
 def test_extreme_scales(kind: str, bits: int) -> None:
-    raw = random_bytes(kind, 2, 512, 2)
+    raw = random_bytes(kind, 96, 768, 2)
     block = BLOCK_TYPES[kind]
     blocks = raw.reshape(-1, sum(field.nbytes for field in block.fields))
     at = 0
@@ -102,22 +108,27 @@ def test_float_types(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_works_under_every_transformation(kind: str) -> None:
-    array = from_blocks(kind, finite(kind, 16, 512))
-    floats = np.asarray(jitted(array))
-    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), array, array)
+    array, other = (from_blocks(kind, finite(kind, 16, 512, seed)) for seed in (0, 1))
+    floats = oracle(kind, finite(kind, 16, 512))
+    stacked = jax.tree.map(lambda a, b: np.stack([a, b]), other, array)
     assert stacked.shape == (2, 16, 512)
-    np.testing.assert_array_equal(jitted(stacked)[1], floats)
     shapes = []
-    mapped = jax.jit(jax.vmap(lambda a: (shapes.append(a.shape), a.dequantize())[1]))(stacked)
+
+    @jax.jit
+    def everything(array: QuantizedArray, stacked: QuantizedArray, rows: jax.Array) -> Any:
+        """One program: each of the ways is compiled into it."""
+        mapped = jax.vmap(lambda a: (shapes.append(a.shape), a.dequantize())[1])(stacked)
+        _, scanned = jax.lax.scan(lambda c, a: (c, a.dequantize()), 0, stacked)
+        return stacked.dequantize(), mapped, scanned, array.take(rows)
+
+    *both, taken = everything(array, stacked, jnp.array([[3, 0], [15, 3]]))
     assert shapes == [(16, 512)], "the shape is that of one layer inside vmap"
-    np.testing.assert_array_equal(mapped[0], floats)
-    _, scanned = jax.lax.scan(lambda c, a: (c, a.dequantize()), 0, stacked)
-    np.testing.assert_array_equal(scanned[1], floats)
+    for pair in both:
+        np.testing.assert_array_equal(pair[1], floats)
+    np.testing.assert_array_equal(taken[1, 0], floats[15])
     moved = jax.device_put(array, jax.devices()[3])
     assert {d for leaf in jax.tree.leaves(moved) for d in leaf.devices()} == {jax.devices()[3]}
     np.testing.assert_array_equal(jitted(moved), floats)
-    taken = jax.jit(lambda a, rows: a.take(rows))(array, jnp.array([[3, 0], [15, 3]]))
-    np.testing.assert_array_equal(taken[1, 0], floats[15])
     # No names and no shapes in the treedef: layers of equal types share one compiled program.
     other = from_blocks(kind, finite(kind, 32, 512, seed=1))
     assert jax.tree.structure(other) == jax.tree.structure(array)
@@ -127,17 +138,18 @@ def test_works_under_every_transformation(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_shards_along_both_sides(kind: str, side: str) -> None:
-    array = from_blocks(kind, finite(kind, 16, 1024))
+    raw = finite(kind, 16, 1024)
+    array, floats = from_blocks(kind, raw), oracle(kind, raw)
     mesh = Mesh(np.array(jax.devices()[:4]), ("tp",))
     cut = partition(array, mesh, "tp", side)
     leaf = jax.tree.leaves(cut)[0]
     assert len(leaf.sharding.device_set) == 4
     assert not leaf.sharding.is_fully_replicated
-    np.testing.assert_array_equal(jitted(cut.weight), jitted(array))
+    np.testing.assert_array_equal(jitted(cut.weight), floats)
     # Plain device_put with a sharding of the leaves does as well.
     spec = NamedSharding(mesh, PartitionSpec("tp", None))
     put = jax.device_put(array, spec)
-    np.testing.assert_array_equal(jitted(put), jitted(array))
+    np.testing.assert_array_equal(jitted(put), floats)
 
 
 def test_cuts_only_on_group_borders() -> None:
@@ -205,9 +217,9 @@ def test_repr_tells_what_it_is() -> None:
 def test_dequantize_rounds_to_other_dtypes() -> None:
     array = from_blocks("Q6_K", finite("Q6_K", 8, 512))
     for dtype in (jnp.bfloat16, jnp.float16):
-        half = array.dequantize(dtype)
+        half = jax.jit(lambda a, dtype=dtype: a.dequantize(dtype))(array)
         assert half.dtype == dtype
-        np.testing.assert_array_equal(half, array.dequantize().astype(dtype))
+        np.testing.assert_array_equal(half, jitted(array).astype(dtype))
 
 
 def test_no_gguf_type_holds_other_scales() -> None:

@@ -1,13 +1,12 @@
 """Schemes as texts, and codes to arrays and back."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qjax.arrays import LaneBlockedArray, Scheme, affine, codes_of, parse_scheme, to_lanes
+from qjax.arrays import LaneBlockedArray, QuantizedArray, Scheme, affine, codes_of, parse_scheme, to_lanes
 from qjax.arrays.scheme import BITS
 from qjax.errors import QjaxError
 
@@ -31,9 +30,14 @@ def test_other_texts_are_refused(text: str) -> None:
         parse_scheme(text)
 
 
+@jax.jit
+def dequantized(array: QuantizedArray) -> jax.Array:
+    return array.dequantize()
+
+
 @given(
     st.sampled_from(BITS),
-    st.sampled_from([(3, 32), (2, 64), (5, 96), (4, 8), (1, 24)]),
+    st.sampled_from([(5, 96), (4, 8), (1, 24)]),
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )
@@ -47,8 +51,9 @@ def test_arrays_hold_the_codes(bits: int, shape: tuple[int, int], asymmetric: bo
     np.testing.assert_array_equal(codes_of(array), codes)
     point = np.float32(1 << (bits - 1)) if zero is None else zero.astype(np.float32)
     want = scale.astype(np.float32) * (codes.astype(np.float32) - point)
-    np.testing.assert_array_equal(jax.tree.map(jnp.asarray, array).dequantize(), want)
+    np.testing.assert_array_equal(dequantized(array), want)
     if shape[1] % 32 == 0:
         lanes = to_lanes(array)
         assert isinstance(lanes, LaneBlockedArray)
-        np.testing.assert_array_equal(jax.tree.map(jnp.asarray, lanes).dequantize(), want)
+        np.testing.assert_array_equal(codes_of(lanes.plain()), codes)
+        np.testing.assert_array_equal(dequantized(lanes), want)

@@ -2,22 +2,24 @@
 
 import ctypes
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qjax.arrays import AffineArray, to_lanes
+from qjax.arrays import AffineArray, codes_of, to_lanes
 from qjax.arrays.planes import Plane, pack
 from qjax.evaluate.synthetic import synthetic_blocks
 from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import BLOCK_TYPES
 from qjax.kernels import native
-from qjax.kernels.native import library, matmul
+from qjax.kernels.native import call, library, matmul
 from qjax.kernels.nn import attend
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -56,17 +58,34 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return (whole.astype(np.float64) * scale).reshape(rows, -1)[:, :columns]
 
 
-def check(array: Any, rows: int, seed: int, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "isa_number", lambda: isa)
+def by_definition(array: AffineArray) -> np.ndarray:
+    """float64 scale * (code - offset - zero) + minimum."""
+    wide = lambda leaf: 0 if leaf is None else leaf.astype(np.float64)[..., None]
+    codes = codes_of(array).astype(np.float64).reshape(*array.scale.shape, -1)
+    return (wide(array.scale) * (codes - array.offset - wide(array.zero)) + wide(array.minimum)).reshape(array.shape)
+
+
+@jax.jit
+def products(x: jax.Array, lanes: Any) -> dict[tuple[str, str], jax.Array]:
+    """By every instruction set of this CPU and either rounding of x, as one program."""
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for isa in HERE:
+            monkeypatch.setattr(matmul, "isa_number", lambda isa=isa: isa)
+            for rounding in ("none", "groups"):
+                (found[library.ISAS[isa], rounding],) = matmul._call(x, (lanes,), rounding=rounding)
+    return found
+
+
+def check(array: Any, floats: np.ndarray, rows: int, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal((rows, array.shape[1])).astype(np.float32)
-    floats = np.asarray(jax.tree.map(jnp.asarray, array).dequantize()).astype(np.float64)
-    lanes = jax.tree.map(jnp.asarray, to_lanes(array))
-    for int8 in (False, True):
-        (ours,) = matmul._call(jnp.asarray(x), (lanes,), rounding="groups" if int8 else "none")
-        wanted = rounded(x) if int8 else x.astype(np.float64)
+    found = products(x, to_lanes(array))
+    assert len(found) == 2 * len(HERE)
+    for (isa, rounding), ours in found.items():
+        wanted = rounded(x) if rounding == "groups" else x.astype(np.float64)
         # Rounding is bounded by what is summed; minimums and zeros may cancel most of it.
         size = (np.abs(wanted) @ np.abs(floats).T).max() + np.abs(wanted).sum(1).max() * np.abs(floats).max()
-        assert np.abs(np.asarray(ours) - wanted @ floats.T).max() <= 1e-6 * size
+        assert np.abs(np.asarray(ours) - wanted @ floats.T).max() <= 1e-6 * size, (isa, rounding)
 
 
 @pytest.fixture(params=HERE, ids=lambda number: library.ISAS[number])
@@ -75,18 +94,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("kind", sorted(BLOCK_TYPES))
-def test_every_block_type(kind: str, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_type(kind: str) -> None:
     for rows, out, columns in ((1, 90, 768), (3, 16, 256), (5, 33, 256), (40, 17, 1280)):
         blocks = synthetic_blocks("blk.0.ffn_up.weight", kind, (out, columns))
-        check(from_blocks(kind, blocks, np.asarray), rows, rows, isa, monkeypatch)
+        floats = quants.dequantize(blocks, GGMLQuantizationType[kind]).astype(np.float64)
+        check(from_blocks(kind, blocks, np.asarray), floats, rows, rows)
 
 
 @pytest.mark.parametrize("bits", LAYOUTS)
 @pytest.mark.parametrize("form", ["symmetric", "minimum", "zero"])
-def test_every_affine_array(bits: int, form: str, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_affine_array(bits: int, form: str) -> None:
     sizes = ((1, 5, 16, 16), (2, 33, 32, 32), (4, 16, 48, 16), (7, 40, 128, 64), (13, 15, 384, 128), (26, 31, 96, 96))
     for seed, (rows, out, columns, group) in enumerate(sizes):
-        check(affine(bits, group, form, out, columns, seed), rows, seed, isa, monkeypatch)
+        array = affine(bits, group, form, out, columns, seed)
+        check(array, by_definition(array), rows, seed)
 
 
 @given(
@@ -96,12 +117,11 @@ def test_every_affine_array(bits: int, form: str, isa: int, monkeypatch: pytest.
     st.integers(1, 70),
     st.integers(1, 6),
     st.integers(1, 30),
-    st.sampled_from(HERE),
 )
-@settings(max_examples=40)
-def test_any_affine_array(bits: int, group: int, form: str, out: int, groups: int, rows: int, isa: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        check(affine(bits, group, form, out, group * groups, rows), rows, rows, isa, monkeypatch)
+@settings(max_examples=30)
+def test_any_affine_array(bits: int, group: int, form: str, out: int, groups: int, rows: int) -> None:
+    array = affine(bits, group, form, out, group * groups, rows)
+    check(array, by_definition(array), rows, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 30])
@@ -165,12 +185,21 @@ def attention_in_float64(q: Any, k: Any, v: Any, positions: Any, window: int | N
     return np.einsum("bhqs,bhsd->bqhd", weights / weights.sum(-1, keepdims=True), np.repeat(v, group, 1))
 
 
+@partial(jax.jit, static_argnums=0)
+def attended(window: int, q: Any, k: Any, v: Any, positions: Any) -> dict[str, jax.Array]:
+    """By every instruction set of this CPU."""
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for isa in HERE:
+            monkeypatch.setattr(call, "isa_number", lambda isa=isa: isa)
+            attributes = (("window", np.int64(window)),)
+            found[library.ISAS[isa]] = call._call(library.ATTENTION_TARGET, attributes, q, k, v, positions)
+    return found
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("window", [None, 1, 33])
-def test_attention(dtype: Any, window: int | None, isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qjax.kernels.native import call as door
-
-    monkeypatch.setattr(door, "isa_number", lambda: isa)
+def test_attention(dtype: Any, window: int | None) -> None:
     rng = np.random.default_rng(0)
     for batch, seq, heads, kv_heads, slots, dim in (
         (1, 1, 4, 4, 70, 64),
@@ -182,10 +211,11 @@ def test_attention(dtype: Any, window: int | None, isa: int, monkeypatch: pytest
         k, v = make(batch, kv_heads, slots, dim).astype(dtype), make(batch, kv_heads, slots, dim).astype(dtype)
         start = rng.integers(0, slots - seq + 1, (batch, 1))
         positions = jnp.asarray(start + np.arange(seq), jnp.int32)
-        attributes = (("window", np.int64(window or 0)),)
-        ours = door._call(library.ATTENTION_TARGET, attributes, q, k, v, positions)
         wanted = attention_in_float64(q, k, v, positions, window)
-        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+        found = attended(window or 0, q, k, v, positions)
+        assert len(found) == len(HERE)
+        for isa, ours in found.items():
+            np.testing.assert_allclose(ours, wanted, atol=1e-5, err_msg=isa)
 
 
 def test_attention_sees_what_is_not_finite_and_nothing_behind_it() -> None:

@@ -1,12 +1,14 @@
 """Every kernel against the reference, its memory, its shards."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from jax.sharding import Mesh
 
 from qjax.arrays import partition, serves_lanes, to_lanes
@@ -30,13 +32,25 @@ def lanes(kind: str, rows: int = 72, columns: int = 512, seed: int = 0) -> objec
     return jax.tree.map(jnp.asarray, to_lanes(weight(kind, rows, columns, seed)))
 
 
+@cache
+def decoded(kind: str, rows: int = 72, columns: int = 512, seed: int = 0) -> np.ndarray:
+    """The weight as gguf-py has it, in float64."""
+    raw = synthetic_blocks(f"blk.{seed}.ffn_up.weight", kind, (rows, columns))
+    return quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float64)
+
+
 def inputs(rows: int, columns: int = 512, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, columns)), jnp.float32)
 
 
-def error(ours: jax.Array, theirs: jax.Array) -> float:
+def product(x: jax.Array, kind: str) -> np.ndarray:
+    return np.asarray(x, np.float64) @ decoded(kind, columns=x.shape[1]).T
+
+
+def error(ours: Any, theirs: Any) -> float:
     """Largest difference over the largest value."""
-    return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -47,7 +61,9 @@ def test_qmatmul_is_dequantize_then_matmul(kind: str, make: Callable[[str], obje
     w = make(kind)
     for rows in (1, 5, 33):
         x = inputs(rows)
-        assert error(qmatmul(x, w), matmul_reference(x, w)) < 2e-6, explain(w, rows)
+        assert error(qmatmul(x, w), product(x, kind)) < 2e-6, explain(w, rows)
+    if make is weight:
+        assert error(jax.jit(matmul_reference)(x, w), product(x, kind)) < 2e-6
 
 
 @pytest.mark.parametrize("kind", GROUPED)
@@ -55,11 +71,11 @@ def test_qmatmul_is_dequantize_then_matmul(kind: str, make: Callable[[str], obje
 def test_int8_kernels_agree(kind: str, rows: int) -> None:
     """One rounding of x, three ways to multiply; and it costs about one percent."""
     w, x = weight(kind), inputs(rows)
-    few, many = jax.jit(matmul_int8_few)(x, w), jax.jit(matmul_int8_many)(x, w)
+    few, many = matmul_int8_few(x, w), matmul_int8_many(x, w)
     assert error(many, few) < 2e-6
     for make in (weight, lanes):
         assert error(qmatmul(x, make(kind), activations="int8"), few) < 2e-6
-    assert error(few, matmul_reference(x, w)) < 0.015
+    assert error(few, product(x, kind)) < 0.015
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -99,7 +115,7 @@ def test_scales_of_another_dtype(kind: str, which: str) -> None:
     elif getattr(w, "minimum", None) is not None:
         w = w.replace(minimum=cast(w.minimum))
     x = inputs(1)
-    assert error(qmatmul(x, w), matmul_reference(x, w)) < 2e-6
+    assert error(qmatmul(x, w), product(x, kind)) < 2e-6
 
 
 def test_calls_outside_of_jit_compile_once() -> None:
@@ -126,7 +142,7 @@ def test_unknown_activations_are_refused() -> None:
 @pytest.mark.parametrize("rows", [1, 64])
 def test_tiles_cover_any_number_of_rows(out: int, rows: int) -> None:
     w, x = weight("Q8_0", out, 256), inputs(rows, 256)
-    assert error(matmul_tiles(x, w), matmul_reference(x, w)) < 2e-6
+    assert error(matmul_tiles(x, w), np.asarray(x, np.float64) @ decoded("Q8_0", out, 256).T) < 2e-6
 
 
 def temporaries(run: object, *args: object) -> int:
@@ -134,23 +150,26 @@ def temporaries(run: object, *args: object) -> int:
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "F16", "BF16"])
-@pytest.mark.parametrize("rows", [1, 512])
-def test_no_float_copy_of_the_weight(kind: str, rows: int) -> None:
+def test_no_float_copy_of_the_weight(kind: str) -> None:
     """What the compiled product holds beside its arguments is a fraction of the weight's floats."""
-    w = weight(kind, 4096, 2048)
-    if native.available() and serves_lanes(w) is None:
-        allowance = 2 * 4 * rows * (4096 + 2048) if rows > 1 else 1 << 16
-        assert temporaries(qmatmul, inputs(rows, 2048), lanes(kind, 4096, 2048)) <= allowance
-    floats = 4 * 4096 * 2048
-    for run in (qmatmul, matmul_tiles):
-        # For many rows, x and y themselves are held in other orders.
-        allowance = 2 * 4 * rows * (4096 + 2048) if rows > 1 else 0
-        if kind == "BF16" and (run is matmul_tiles or rows > 1 or not native.available()):
-            # XLA:CPU has no bfloat16: it copies the bits (not the floats) before it slices them.
-            allowance += floats // 2
-        assert temporaries(run, inputs(rows, 2048), w) <= floats // 4 + allowance
-    if rows == 1 and kind != "F16":
-        assert temporaries(matmul_reference, inputs(rows, 2048), w) >= floats, "the test can tell"
+    w, floats = weight(kind, 4096, 2048), 4 * 4096 * 2048
+    held = lanes(kind, 4096, 2048) if native.available() and serves_lanes(w) is None else None
+    for rows in (1, 512):
+        x = inputs(rows, 2048)
+        if held is not None:
+            allowance = 2 * 4 * rows * (4096 + 2048) if rows > 1 else 1 << 16
+            assert temporaries(qmatmul, x, held) <= allowance
+        for run in (qmatmul, matmul_tiles):
+            if run is matmul_tiles and select(w, rows).name == "xla-tiles":
+                continue  # qmatmul has just been that
+            # For many rows, x and y themselves are held in other orders.
+            allowance = 2 * 4 * rows * (4096 + 2048) if rows > 1 else 0
+            if kind == "BF16" and (run is matmul_tiles or rows > 1 or not native.available()):
+                # XLA:CPU has no bfloat16: it copies the bits (not the floats) before it slices them.
+                allowance += floats // 2
+            assert temporaries(run, x, w) <= floats // 4 + allowance
+    if kind != "F16":
+        assert temporaries(matmul_reference, inputs(1, 2048), w) >= floats, "the test can tell"
 
 
 def test_tiles_are_never_most_of_a_weight() -> None:
@@ -173,27 +192,24 @@ def test_sharded_weights_are_never_gathered(
     cut = partition(w, mesh, "tp", side)
     for rows in (1, 40):
         x = inputs(rows, 1024)
-        run = jax.jit(partial(qmatmul, activations=activations))
+        run = jax.jit(partial(qmatmul, activations=activations)).lower(x, cut).compile()
         assert error(run(x, cut), qmatmul(x, w, activations=activations)) < 2e-6
-        program = run.lower(x, cut).compile().as_text()
+        program = run.as_text()
         assert "all-gather" not in program
         assert ("all-reduce" in program) == (side == "in")
 
 
 def test_stacked_weights_under_vmap_and_scan() -> None:
     """Stacked experts or layers: a leading axis on every leaf."""
-    for make in (weight, lanes):
-        _stacked(make("Q4_K"), make("Q4_K", seed=1))
-
-
-def _stacked(one: object, two: object) -> None:
-    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, two)
     x = inputs(3)
-    both = jax.jit(jax.vmap(qmatmul, in_axes=(None, 0)))(x, stacked)
-    _, scanned = jax.lax.scan(lambda c, w: (c, qmatmul(x, w)), 0, stacked)
-    for i, w in enumerate((one, two)):
-        assert error(both[i], matmul_reference(x, w)) < 2e-6
-        assert error(scanned[i], matmul_reference(x, w)) < 2e-6
+    for make in (weight, lanes):
+        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), make("Q4_K"), make("Q4_K", seed=1))
+        both = jax.jit(jax.vmap(qmatmul, in_axes=(None, 0)))(x, stacked)
+        _, scanned = jax.lax.scan(lambda c, w: (c, qmatmul(x, w)), 0, stacked)
+        for i in range(2):
+            wanted = np.asarray(x, np.float64) @ decoded("Q4_K", seed=i).T
+            assert error(both[i], wanted) < 2e-6
+            assert error(scanned[i], wanted) < 2e-6
 
 
 @pytest.mark.parametrize("rows", [2, 20])
@@ -204,8 +220,7 @@ def test_gradients_are_those_of_the_floats(kind: str, rows: int, activations: st
     x, up = inputs(rows), inputs(rows, 72, seed=1)
     for w in (weight(kind), lanes(kind)) if serves_lanes(weight(kind)) is None else (weight(kind),):
         ours = jax.jit(jax.grad(lambda x, w=w: jnp.sum(up * qmatmul(x, w, activations=activations))))(x)
-        theirs = jax.grad(lambda x, w=w: jnp.sum(up * matmul_reference(x, w)))(x)
-        assert error(ours, theirs) < 1e-5
+        assert error(ours, np.asarray(up, np.float64) @ decoded(kind)) < 1e-5
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -223,9 +238,9 @@ def test_scales_can_be_learned(activations: str) -> None:
 def test_qtake_gives_rows_of_the_table(kind: str) -> None:
     w = weight(kind)
     ids = jnp.array([[0, 71], [5, 5]])
-    whole = w.dequantize() if hasattr(w, "dequantize") else w.astype(jnp.float32)
-    np.testing.assert_array_equal(jax.jit(qtake)(w, ids), np.asarray(whole)[np.asarray(ids)])
-    assert qtake(w, ids, jnp.bfloat16).dtype == jnp.bfloat16
+    rows, half = jax.jit(lambda w, ids: (qtake(w, ids), qtake(w, ids, jnp.bfloat16)))(w, ids)
+    np.testing.assert_array_equal(rows, decoded(kind)[np.asarray(ids)])
+    assert half.dtype == jnp.bfloat16
 
 
 def test_qtake_dequantizes_rows_only() -> None:

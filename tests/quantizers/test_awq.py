@@ -1,10 +1,13 @@
 """AWQ on arrays: the search is the reference's formula, and no error that it measures ever grows."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.arrays import Scheme, parse_scheme
+from qjax.arrays import AffineArray, Scheme, parse_scheme
 from qjax.quantizers.awq import awq, clipped_grid, range_shares, search_scale
 from qjax.quantizers.input_sums import both, input_sums, scaled, squared_error
 from qjax.quantizers.rtn import from_codes, grid_of, rtn, to_codes
@@ -46,13 +49,18 @@ def test_search_is_the_reference_s() -> None:
     np.testing.assert_allclose(found.scale, scales[best], rtol=1e-4)
 
 
+@jax.jit
+def products_error(array: AffineArray, scale: Any, w: Any, second: Any) -> Any:
+    return squared_error(array.dequantize() / scale[None] - w, second)
+
+
 @pytest.mark.parametrize("text", ["w4g32", "w3g32-asym", "w2g32-asym", "w4", "w4t"])
 def test_errors_never_grow(text: str) -> None:
     scheme = parse_scheme(text)
     for seed in range(3):
         x, w = (jnp.asarray(a) for a in layer(seed))
         m = input_sums(x)
-        error = lambda array, s, m=m, w=w: float(squared_error(array.dequantize() / s[None] - w, m.second))
+        error = lambda array, s, m=m, w=w: float(products_error(array, s, w, m.second))
         plain = error(rtn(w, scheme), jnp.ones(64))
         found = search_scale((w,), (scheme,), m.absolute / m.tokens, m.second)
         scaled_only = error(rtn(w * found.scale[None], scheme), found.scale)

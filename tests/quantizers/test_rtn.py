@@ -1,31 +1,44 @@
 """Rounding to nearest: within half a step of every weight that the grid holds, in as many bytes as promised."""
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from qjax.arrays import Scheme
+from qjax.arrays import AffineArray, Scheme
 from qjax.arrays.scheme import BITS
 from qjax.quantizers.rtn import from_codes, grid_of, rtn, to_codes
 
 
-@settings(max_examples=25)
-@given(st.sampled_from(BITS), st.sampled_from([-1, 0, 32, 64]), st.booleans(), st.integers(0, 2**32 - 1))
-def test_weights_are_within_half_a_step(bits: int, group: int, symmetric: bool, seed: int) -> None:
-    scheme = Scheme(bits, group, symmetric)
+@partial(jax.jit, static_argnames=("scheme", "mse"))
+def rounded(w: Any, scheme: Scheme, mse: bool = False) -> tuple[AffineArray, Any]:
+    array = rtn(w, scheme, mse=mse)
+    return array, array.dequantize()
+
+
+# Every width with both kinds of grids and, between them, every kind of group: a program each.
+SCHEMES = [
+    Scheme(bits, (-1, 0, 32, 64)[(i + 2 * symmetric) % 4], symmetric)
+    for i, bits in enumerate(BITS)
+    for symmetric in (True, False)
+]
+
+
+@given(st.sampled_from(SCHEMES), st.integers(0, 2**32 - 1))
+def test_weights_are_within_half_a_step(scheme: Scheme, seed: int) -> None:
     w = np.random.default_rng(seed).normal(size=(2, 6, 64)).astype(np.float32)
-    array = rtn(jnp.asarray(w), scheme)
+    array, floats = rounded(w, scheme)
     assert array.shape == w.shape
     assert array.scale.shape[-1] == scheme.groups(64)
     step = np.repeat(np.asarray(array.scale, np.float32), 64 // array.scale.shape[-1], axis=-1)
     # The largest of a symmetric group is half a step past the last code; float16 scales and zero points round too.
-    assert (
-        np.abs(np.asarray(array.dequantize()) - w) <= step * (1.002 if not symmetric else 0.5 + 2**bits * 6e-4)
-    ).all()
+    most = 0.5 + 2**scheme.bits * 6e-4 if scheme.symmetric else 1.002
+    assert (np.abs(np.asarray(floats) - w) <= step * most).all()
 
 
 def test_int8_and_int4_are_as_small_as_promised() -> None:
@@ -39,10 +52,10 @@ def test_int8_and_int4_are_as_small_as_promised() -> None:
 def test_searched_grids_lower_the_squared_error(group: int, symmetric: bool) -> None:
     """Of every group: the grid that holds all weights is among those tried."""
     scheme = Scheme(3, group, symmetric)
-    w = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 64)).astype(np.float32))
+    w = np.random.default_rng(1).normal(size=(2, 6, 64)).astype(np.float32)
 
     def errors(mse: bool) -> np.ndarray:
-        square = np.square(np.asarray(rtn(w, scheme, mse=mse).dequantize() - w))
+        square = np.square(np.asarray(rounded(w, scheme, mse)[1]) - w)
         axes = (1, 2, 3) if group == 0 else (3,)
         return square.reshape(2, 6, scheme.groups(64), -1).sum(axes)
 

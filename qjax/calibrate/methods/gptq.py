@@ -106,8 +106,7 @@ class GPTQ:
         for name, w in zip(names, true, strict=True):
             rows = slice(end, end := end + w.shape[0])
             part = array.map_rows(lambda leaf, rows=rows: leaf[rows])
-            values = part.dequantize()
-            errors = float(lost(values, w)), float(lost(values, W[rows], H))
+            errors = float(lost(part, w)), float(lost(part, W[rows], H))
             line = Line(block.index, name, str(scheme), *errors, seconds=0.0, note=note)
             made[name] = with_activations(part, scheme), line
         return made

@@ -94,8 +94,8 @@ def _errors(block: Block, found: Weights) -> dict[str, dict[str, float]]:
     result = {}
     for names, moments in block_sums(block).items():
         for name in set(names) & set(block.schemes):
-            values, true = found[name].dequantize(), jnp.asarray(block.weights[name])
-            errors = lost(values, true), lost(values, true, moments.second)
+            true = jnp.asarray(block.weights[name])
+            errors = lost(found[name], true), lost(found[name], true, moments.second)
             result[name] = dict(zip(("weight_error", "output_error"), map(float, errors), strict=True))
     return result
 

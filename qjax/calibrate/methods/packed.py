@@ -18,9 +18,17 @@ def with_activations(array: QuantizedArray, scheme: Scheme) -> QuantizedArray:
 
 @jax.jit
 def lost(
-    made: Float32[Array, "out in"], true: Float[Array, "out in"], H: Float32[Array, "in in"] | None = None
+    made: QuantizedArray,
+    true: Float[Array, "out in"],
+    H: Float32[Array, "in in"] | None = None,
+    *,
+    rows: Float32[Array, " out"] | None = None,
 ) -> Float32[Array, ""]:
-    """Mean square of made less true weights over that of the true; with H, of their products with inputs of it."""
+    """Mean square of made less true weights over that of the true; with H, of their products with inputs of it.
+
+    `rows`: what each row is multiplied with first.
+    """
+    weight = jnp.float32(1) if rows is None else rows[:, None]
     true = true.astype(jnp.float32)
     size = lambda w: jnp.sum(w * (w if H is None else w @ H))
-    return size(made - true) / jnp.maximum(size(true), jnp.float32(1e-30))
+    return size((made.dequantize() - true) * weight) / jnp.maximum(size(true * weight), jnp.float32(1e-30))

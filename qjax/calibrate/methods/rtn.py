@@ -30,7 +30,7 @@ class RTN:
             start = time.perf_counter()
             w = jnp.asarray(block.weights[name])
             array = rtn(w, scheme, mse=self.mse)
-            error = float(lost(array.dequantize(), w))
+            error = float(lost(array, w))
             weights[name] = with_activations(array, scheme)
             lines.append(Line(block.index, name, str(scheme), error, None, time.perf_counter() - start))
         return weights, lines

@@ -102,11 +102,9 @@ def pack_scaled(
             w = jnp.asarray(weights[name]).astype(jnp.float32)
             second = scaled(sums[pair.names].second, found.columns[name])
             packed = pack(name, w, second)
-            made, true = packed.dequantize(), w
-            if name in found.rows:
-                # What the next matrix makes of its rows counts.
-                made, true = (leaf * found.rows[name][:, None] for leaf in (made, true))
-            errors = float(lost(made, true)), float(lost(made, true, second))
+            # What the next matrix makes of its rows counts.
+            rows = found.rows.get(name)
+            errors = float(lost(packed, w, rows=rows)), float(lost(packed, w, second, rows=rows))
             took = found.seconds[name] + time.perf_counter() - start
             lines.append(Line(block.index, name, str(scheme), *errors, took, found.notes[name]))
             if name in found.kept:

@@ -18,7 +18,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.shapes import llama
 from qjax.models.load import MATRICES, inverse_frequencies
 
-CONFIG = llama(layers=1, hidden=64, heads=4, kv_heads=2, ffn=96, vocab=32, context=32)
+CONFIG = llama(layers=1, hidden=64, heads=4, kv_heads=2, ffn=64, vocab=32, context=32)
 HIDDEN, KV, FFN = CONFIG.hidden, CONFIG.kv_heads * CONFIG.head_dim, CONFIG.ffn
 SHAPES = dict(
     zip(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - names bfloat16 to numpy
 import numpy as np
 import pytest
@@ -34,8 +33,9 @@ def stored(kind: str) -> tuple[Tensors, np.ndarray]:
     return tensors, STORED[f"{kind.split('-', 2)[2]}/w"]
 
 
-def floats(array: Any) -> np.ndarray:
-    return np.asarray(jax.tree.map(jnp.asarray, array).dequantize())
+@jax.jit
+def floats(array: Any) -> jax.Array:
+    return array.dequantize()
 
 
 def same(a: Tensors, b: Tensors) -> None:

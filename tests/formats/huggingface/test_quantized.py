@@ -137,12 +137,13 @@ def as_floats(floats: dict[str, np.ndarray]) -> Tensors:
 
 
 @jax.jit
-def floats_of(array: Any) -> jax.Array:
-    return array.dequantize()
+def floats_of(arrays: list[Any]) -> list[jax.Array]:
+    """Several in one program: most of its time is that of compiling it."""
+    return [array.dequantize() for array in arrays]
 
 
-def dequantized(array: Any) -> np.ndarray:
-    return np.asarray(floats_of(jax.tree.map(jnp.asarray, array)))
+def dequantized(*arrays: Any) -> list[np.ndarray]:
+    return list(map(np.asarray, floats_of(list(arrays))))
 
 
 def in_gguf_order(module: str, w: np.ndarray) -> np.ndarray:
@@ -158,8 +159,9 @@ LOOKED_AT = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_do
 
 
 def check(folder: HuggingFaceFolder, floats: dict[str, np.ndarray], **tolerance: float) -> None:
-    for name, module in LOOKED_AT.items():
-        ours, theirs = dequantized(folder.array(f"blk.0.{name}.weight")), in_gguf_order(module, floats[module])
+    found = dequantized(*(folder.array(f"blk.0.{name}.weight") for name in LOOKED_AT))
+    for (name, module), ours in zip(LOOKED_AT.items(), found, strict=True):
+        theirs = in_gguf_order(module, floats[module])
         if tolerance:
             np.testing.assert_allclose(ours, theirs, **tolerance)
         else:
@@ -308,8 +310,9 @@ def test_fused_modules_are_cut_by_rows(made: Made, name: str) -> None:
     kept |= {f"model.layers.0.mlp.gate_up_proj.{suffix}": t for suffix, t in both.items()}
     folder = open_folder(made(kept))
     check(folder, floats | {"self_attn.q_proj": attention[:128], "self_attn.k_proj": attention[128:192]})
-    np.testing.assert_array_equal(dequantized(folder.array("blk.0.attn_v.weight")), attention[192:])
-    np.testing.assert_array_equal(dequantized(folder.array("blk.0.ffn_up.weight")), feed[192:])
+    v, up = dequantized(*(folder.array(f"blk.0.{part}.weight") for part in ("attn_v", "ffn_up")))
+    np.testing.assert_array_equal(v, attention[192:])
+    np.testing.assert_array_equal(up, feed[192:])
     total = sum(t[1].nbytes for t in (*qkv.values(), *both.values()))
     seen = [
         folder.tensors[f"blk.0.{part}.weight"].nbytes for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
@@ -389,7 +392,7 @@ def test_what_compressed_tensors_packed(tmp_path: Path, kind: str) -> None:
     parts = Parts("up", by_module(checkpoint.tensors)["up"], checkpoint.raw, shape)
     packed = find_packed({"up": parts}, Labels(tmp_path / "config.json", {}))["up"]
     array = packed.read({s: as_numpy(stored, checkpoint.raw(stored.name)) for s, stored in packed.parts.items()})
-    np.testing.assert_array_equal(dequantized(array), PEERS[f"{kind.split('-', 2)[2]}/w"])
+    np.testing.assert_array_equal(dequantized(array)[0], PEERS[f"{kind.split('-', 2)[2]}/w"])
 
 
 def test_inspect_says_what_was_found_and_how(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
