@@ -104,9 +104,14 @@ def wanted(files: Path) -> Callable[[str], tuple[list[list[int]], np.ndarray]]:
     return of
 
 
-def cases() -> list[tuple[str, str]]:
+# Each stage is compiled for its device: the others take minutes.
+QUICK = {("gguf", "embedding and head alone"), ("gguf", "8"), ("gguf", "2 x 4"), ("gptq", "2 x 2"), ("awq", "2 uneven")}
+
+
+def cases() -> list[Any]:
     some = ("2 uneven", "2 x 2", "2 x 4")
-    return [("gguf", name) for name in STAGES] + [(kind, name) for kind in ("gptq", "awq") for name in some]
+    every = [("gguf", name) for name in STAGES] + [(kind, name) for kind in ("gptq", "awq") for name in some]
+    return [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in every]
 
 
 @pytest.mark.parametrize(("kind", "name"), cases())

@@ -145,7 +145,7 @@ def with_batch(plan: Plan, batch: int) -> Plan:
     return dataclasses.replace(plan, batch=batch, microbatches=min(plan.microbatches, batch))
 
 
-@settings(max_examples=25)
+@settings(max_examples=6)
 @given(st.integers(2, 40), st.integers(1, 6), st.integers(1, 1024), st.sampled_from(["latency", "throughput"]))
 def test_the_largest_batch_and_context_fit_and_more_does_not(
     gib: int, batch: int, context: int, objective: Any
@@ -234,7 +234,7 @@ def test_ratios_and_contexts_that_are_none() -> None:
     devices = (make_device("cpu:0", 40 * GIB),)
     with pytest.raises(QjaxError, match="context of 1 to the model's 4096, got 4097"):
         make_plan(SEVEN, devices, context=4097)
-    with pytest.raises(QjaxError, match="not known"):
+    with pytest.raises(QjaxError, match="known are f32"):
         make_plan(SEVEN, devices, type="q9")
     with pytest.raises(QjaxError, match="at least one device"):
         make_plan(SEVEN, ())
