@@ -35,7 +35,7 @@ from qjax.kernels.layout import lay_out as kernels_layout
 from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.exact import rounds_inputs, warn_unrounded
 from qjax.models.folder import NOTHING_KNOWN, save_folder
-from qjax.models.load import Make, Place, checked_config, gguf_tensors, put
+from qjax.models.load import Make, Place, checked_config, gguf_tensors, keep
 from qjax.models.rewrite import PLAIN_TYPES
 from qjax.pipeline import Executor, Placing, Plan, check_plan, one_stage, read_plan
 from qjax.quantizers.ggml import Effort
@@ -289,7 +289,7 @@ def load(
     imatrix: str | Path | None = None,
     effort: Effort = "normal",
     calibration: str | Path | np.ndarray | Calibration | None = None,
-    place: Place = put,
+    place: Place = keep,
     plan: Plan | str | Path | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Model:

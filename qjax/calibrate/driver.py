@@ -30,7 +30,7 @@ from qjax.models.load import (
     keep,
     layer_tensor,
     layer_tensors,
-    put,
+    placed,
     read_array,
     read_ends,
     warn_kept,
@@ -91,7 +91,7 @@ def quantize_blocks(
     batch: int = 8,
     checkpoints: Checkpoints | None = None,
     lay_out: LayOut = keep,
-    place: Place = put,
+    place: Place = keep,
     progress: Progress = lambda done, total, note: None,
 ) -> Quantized:
     """Every matrix that has a scheme packed by the method, the embedding and the output matrix to nearest.
@@ -117,7 +117,7 @@ def quantize_blocks(
     ends, lines = _rounded_ends(model, schemes)
     blocks = _Blocks(model, method, schemes, ends["token_embd"], tokens if method.needs_inputs else None, batch)
     params = {key: value for key, value in ends.items() if key not in _NAMES}
-    params["rope"] = place("rope", params["rope"])
+    params["rope"] = placed(place, "rope", params["rope"])
     for key in [key for key in _NAMES if key in ends]:
         # Of an embedding only rows are looked up, unless it is the output's matrix too.
         looked_up = key == "token_embd" and "output" in model.ends
@@ -203,7 +203,7 @@ def _check_finite(name: str, w: Any) -> None:
 def _placed(model: FloatModel, name: str, array: Any, lay_out: LayOut, place: Place) -> Any:
     if array.ndim == 2:
         array = lay_out(name, array)
-    array = place(name, array)
+    array = placed(place, name, array)
     model.release(name)
     return array
 

@@ -23,7 +23,7 @@ from qjax.formats.gguf.types import type_of_name
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.kernels import lay_out
 from qjax.models import ModelConfig
-from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies, put
+from qjax.models.load import MATRICES, NORMS, TOP, Place, expected_shapes, inverse_frequencies, keep, placed
 from qjax.pipeline.local import available_memory
 
 
@@ -224,7 +224,7 @@ def synthetic_params(
     mix: str,
     *,
     lay_out: Place = lay_out,
-    place: Place = put,
+    place: Place = keep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Made-up params of a model, as `load_gguf` gives those of a file; at no time more than one tensor beside them.
@@ -246,12 +246,12 @@ def synthetic_params(
         array = from_blocks(tensor.type, synthetic_blocks(name, tensor.type, tensor.shape), np.asarray)
         if len(tensor.shape) == 2 and name != "token_embd.weight":
             array = lay_out(name, array)
-        array = place(name, array)
+        array = placed(place, name, array)
         progress(name)
         return array
 
     params: dict[str, Any] = {key: make(name) for name, key in TOP.items()}
-    params["rope"] = place("rope", inverse_frequencies(config, None))
+    params["rope"] = placed(place, "rope", inverse_frequencies(config, None))
     params["layers"] = [
         {name: make(f"blk.{i}.{name}.weight") for name in (*MATRICES, *NORMS)} for i in range(config.layers)
     ]

@@ -173,13 +173,13 @@ def gguf_tensors(params: dict[str, Any], config: ModelConfig) -> Iterator[tuple[
 
 
 def keep(_: str, array: Any) -> Any:
-    """The `lay_out` that leaves an array as it is."""
+    """The `place` and the `lay_out` that leave an array as it is."""
     return array
 
 
-def put(_: str, array: Any) -> Any:
-    """The `place` of JAX's default device."""
-    return jax.device_put(array)
+def placed(place: Place, name: str, array: Any) -> Any:
+    """What `place` makes of an array; what it leaves in numpy goes to JAX's default device."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), place(name, array))
 
 
 def warn_kept(name: str, kind: str) -> None:
@@ -192,7 +192,7 @@ def load_gguf(
     *,
     make: Make | None = None,
     lay_out: LayOut = keep,
-    place: Place = put,
+    place: Place = keep,
     wanted: Callable[[str], bool] = lambda name: True,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], ModelConfig]:
@@ -228,13 +228,13 @@ def load_gguf(
         # Of an embedding only rows are looked up, unless it is the output's matrix too.
         if array.ndim == 2 and (name != "token_embd.weight" or "output.weight" not in file.tensors):
             array = lay_out(name, array)
-        array = place(name, array)
+        array = placed(place, name, array)
         file.release(name)
         progress(name)
         return array
 
     params = read_ends(file, config, get)
-    params["rope"] = place("rope", params["rope"])
+    params["rope"] = placed(place, "rope", params["rope"])
     params["layers"] = [
         {key: get(name) for key, name in layer_tensors(file, config, i).items()} for i in range(config.layers)
     ]

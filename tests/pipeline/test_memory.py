@@ -21,10 +21,10 @@ DEVICES = [Device(f"cpu:{i}", 1 << 33, 1e10, 1e12, 1e10, 1e-6) for i in range(3)
 SMALL = Shape("small", llama(layers=5, hidden=256, heads=4, kv_heads=2, ffn=512, vocab=512, context=1024))
 
 
-def live() -> Counter[str]:
-    """Bytes of all arrays by their device."""
+def live(tree: Any) -> Counter[str]:
+    """Bytes of arrays by their device."""
     held: Counter[str] = Counter()
-    for array in jax.live_arrays():
+    for array in jax.tree.leaves(tree):
         for shard in array.addressable_shards:
             held[f"cpu:{shard.device.id}"] += shard.data.nbytes
     return held
@@ -53,12 +53,11 @@ def measured(path: Path, context: int, ratio: str) -> list[tuple[int, int, int]]
     count = ratio.count(":") + 1
     plan = make_plan(file, DEVICES[:count], context=context, mode=ratio)
     uses = report(plan, model_sizes(file, None)).uses
-    before = live()
     model = qjax.load(path, plan=plan)
     executor: Any = model.executor()
     caches = executor.init_cache(1, context)
     jax.block_until_ready((model.params, caches))
-    held = live() - before
+    held = live(([stage.params for stage in executor.stages], caches))
     found = []
     for use, stage, cache in zip(uses, executor.stages, caches, strict=True):
         name = use.device.name
