@@ -105,7 +105,7 @@ def wanted(files: Path) -> Callable[[str], tuple[list[list[int]], np.ndarray]]:
 
 
 # Each stage is compiled for its device: the others take minutes.
-QUICK = {("gguf", "embedding and head alone"), ("gguf", "8"), ("gguf", "2 x 4"), ("gptq", "2 x 2"), ("awq", "2 uneven")}
+QUICK = {("gguf", "embedding and head alone"), ("gguf", "8"), ("gguf", "2 x 4"), ("gptq", "2 x 2")}
 
 
 def cases() -> list[Any]:

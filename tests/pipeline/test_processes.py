@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_give_the_tokens_of_one(model: Path, count: int) -> None:
     arguments = ["generate", str(model / "model.gguf"), *OPTIONS, "-n", "6"]
     alone = qjax(*arguments)

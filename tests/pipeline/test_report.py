@@ -166,6 +166,7 @@ def test_the_largest_batch_and_context_fit_and_more_does_not(
         assert lacking(dataclasses.replace(plan, context=made.largest_context + 1), sizes)
 
 
+@pytest.mark.slow
 def test_what_fits_instead() -> None:
     devices = parse_devices("cuda:0=3GiB,cpu:0=1GiB")
     with pytest.raises(InfeasibleError, match=r"cpu:0 lacks .*GiB; what fits: ") as refused:
