@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from qjax.arrays.affine import AffineArray, widen
+from qjax.arrays.floats import divide
 from qjax.arrays.scheme import Scheme, affine
 
 
@@ -101,7 +102,7 @@ def nearest(
     w: Float32[Array, "..."], scale: Float32[Array, "..."], zero: Float32[Array, "..."], scheme: Scheme
 ) -> Float32[Array, "..."]:
     """The nearest codes, as floats; halves go to even numbers of steps from zero."""
-    return jnp.clip(jnp.round(w / scale) + zero, 0, scheme.max_code)
+    return jnp.clip(jnp.round(divide(w, scale)) + zero, 0, scheme.max_code)
 
 
 def _by_column(grid: Grid, columns: int, scheme: Scheme) -> tuple[Any, Any]:

@@ -170,7 +170,7 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_stays(write_model: Write
             qjax.save(spoilt, tmp_path / "out", format_name)
         assert not list(tmp_path.iterdir())
     with pytest.raises(UnsupportedError, match=r"^blk\.0\.attn_q\.weight: no GGUF type"):
-        qjax.save(quantized(path, attn_q="w3g32"), tmp_path / "out.gguf")
+        qjax.save(quantized(path, attn_q="w4g16"), tmp_path / "out.gguf")
 
 
 @pytest.mark.filterwarnings("ignore:tokenizer.json and", "ignore:.*only token ids go")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qjax.arrays import AffineArray, Scheme
 from qjax.arrays.scheme import BITS
-from qjax.quantizers.rtn import from_codes, grid_of, rtn, to_codes
+from qjax.quantizers.rtn import Grid, from_codes, grid_of, rtn, to_codes
 
 
 @partial(jax.jit, static_argnames=("scheme", "mse"))
@@ -39,6 +39,24 @@ def test_weights_are_within_half_a_step(scheme: Scheme, seed: int) -> None:
     # The largest of a symmetric group is half a step past the last code; float16 scales and zero points round too.
     most = 0.5 + 2**scheme.bits * 6e-4 if scheme.symmetric else 1.002
     assert (np.abs(np.asarray(floats) - w) <= step * most).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, -1), (3, -1), (4, 32), (4, 0)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_are_those_of_a_true_division(bits: int, group: int, symmetric: bool) -> None:
+    """At the boundaries between codes too, where a multiplication by the scale's inverse falls on either side."""
+    scheme, rng = Scheme(bits, group, symmetric), np.random.default_rng(0)
+    halves = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (64, 256)).astype(np.float32) + np.float32(0.5)
+    shape = (64, scheme.groups(256))
+    scale = np.broadcast_to(rng.uniform(0.001, 0.1, (1, 1) if group == 0 else shape).astype(np.float16), shape)
+    zero = None if symmetric else rng.integers(0, 1 << bits, shape).astype(np.uint8)
+    spread = lambda leaf: np.repeat(leaf, 256 // leaf.shape[1], axis=1).astype(np.float32)
+    middle = np.float32(scheme.middle) if zero is None else spread(zero)
+    ties = halves * spread(scale)
+    for w in (ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))):
+        expected = np.clip(np.rint(w / spread(scale)) + middle, 0, scheme.max_code).astype(np.uint8)
+        found = jax.jit(to_codes, static_argnums=2)(jnp.asarray(w), Grid(scale, zero), scheme)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_int8_and_int4_are_as_small_as_promised() -> None:
