@@ -62,6 +62,10 @@ def solve(
       objective: "latency" makes the sum of the stages' seconds least; "throughput" the seconds of a step whose
         microbatches overlap: all of them in the slowest stage, but no less than one of them in all stages.
     """
+    # Whatever is placed where, all of it is somewhere.
+    least = costs.held(0, costs.units, "host")
+    if least.weights + least.cache > sum(device.memory for device in devices):
+        return None
     if microbatches is not None:
         counts = [microbatches]
     else:
