@@ -137,7 +137,7 @@ def model_sizes(
         if not floats:
             raise QjaxError(f"{name or 'the model'}: every matrix is quantized already; leave the type out")
         wanted = wanted_types({key: shape for key, (shape, _, _) in given.items()}, traits, type)
-        given |= {key: (given[key][0], wanted.get(key, given[key][1]), None) for key in floats}
+        given |= {key: (given[key][0], wanted[key], None) for key in floats if key in wanted}
     tied = "output.weight" not in given
     label = name or (config.arch if isinstance(model, ModelConfig) else str(model.path))
     return ModelSizes(label, config, _units(given, config, tied), tied, type, quantized)
