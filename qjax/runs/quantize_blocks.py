@@ -26,6 +26,7 @@ from qjax.calibrate.driver import model_in, quantize_blocks
 from qjax.calibrate.recipes import Recipe
 from qjax.errors import QjaxError, UnsupportedError
 from qjax.formats.atomic import check_writable
+from qjax.formats.gguf.arrays import BLOCK_TYPES
 from qjax.formats.gguf.from_affine import type_for
 from qjax.formats.huggingface import card
 from qjax.formats.huggingface.targets import TARGETS, target_named
@@ -262,12 +263,18 @@ def check_storable(source: Source, recipe: Recipe, schemes: Mapping[str, Scheme]
             continue
         tried.add(id(array))
         try:
-            type_for(array) if target is None else target.tensors(modules[name], array)
+            _check_gguf(array, schemes[name]) if target is None else target.tensors(modules[name], array)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name} would be {schemes[name]}: {error}") from error
     if target is not None:
         kept = [modules[name] for name, i in source.tensors.items() if len(i.shape) == 2 and name not in made]
         target.config(packed, kept)
+
+
+def _check_gguf(array: QuantizedArray, scheme: Scheme) -> None:
+    kind = type_for(array)
+    if sum(plane.width for plane in BLOCK_TYPES[kind].static["layout"]) > scheme.bits:
+        raise UnsupportedError(f"of GGUF's types {kind} holds it, in more bits: choose as many, or save as qjax")
 
 
 def _like(shape: tuple[int, int], scheme: Scheme, recipe: Recipe) -> QuantizedArray:

@@ -177,7 +177,7 @@ REFUSED = (
     (["--method", "rtn", "--format", "onnx"], "expected a format of gptq"),
     (["--method", "rtn", "--format", "gptq", "--bits", "5"], "blk.0.attn_q.weight would be w5g32"),
     (["--method", "rtn", "--format", "awq", "--bits", "3"], "blk.0.attn_q.weight would be w3g32"),
-    (["--method", "rtn", "--format", "gguf", "--bits", "3"], "blk.0.attn_q.weight would be w3g32"),
+    (["--method", "rtn", "--format", "gguf", "--bits", "3"], "would be w3g32: of GGUF's types Q4_0"),
     (["--method", "smoothquant", "--format", "gptq"], "activations"),
     (["--method", "rtn", "--type", "q4_k_m"], "--type: is for llama.cpp's mixes"),
     (["--method", "rtn", "--imatrix", "i.gguf", "--pure"], "--imatrix, --pure: is for llama.cpp's mixes"),
