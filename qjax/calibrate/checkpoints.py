@@ -17,7 +17,7 @@ from qjax.formats.atomic import atomic_file, refusals, remove_leftovers
 from qjax.formats.huggingface.native import read_arrays, read_facts, write_arrays
 from qjax.formats.pieces import lock
 
-_RECORD, _LINES, _ORDER = "run.json", "lines", "order"
+_RECORD, _LOG, _LINES, _ORDER = "run.json", "quantization.csv", "lines", "order"
 
 
 class Checkpoints:
@@ -30,19 +30,31 @@ class Checkpoints:
         """How many blocks, from the first on, are done."""
         return next((i for i in range(layers) if not self._path(i).exists()), layers)
 
+    @property
+    def log(self) -> Path:
+        """A file for what was lost so far, for who wants to look; nothing is read from it."""
+        return self.folder / _LOG
+
     def read(self, i: int) -> tuple[Weights, list[Line]]:
         """Block i as `write` was given it, with numpy leaves.
 
         Raises:
           FormatError: the file is damaged; says what to do.
         """
-        try:
+        with self._damage_of(i):
             facts, arrays = read_facts(self._path(i)), read_arrays(self._path(i))
             # In the order of the method, which files that are made of them keep.
             weights = {name: arrays[name] for name in json.loads(facts[_ORDER])}
-            return weights, [Line(*line) for line in json.loads(facts[_LINES])]
-        except (QjaxError, KeyError, ValueError, TypeError) as error:
-            raise FormatError(f"{self._path(i)}: {error}: remove this file, or start anew (--fresh)") from error
+            return weights, _lines(facts)
+
+    def lines(self, i: int) -> list[Line]:
+        """Those of block i, without a look at its weights.
+
+        Raises:
+          FormatError: see `read`.
+        """
+        with self._damage_of(i):
+            return _lines(read_facts(self._path(i)))
 
     def write(self, i: int, weights: Weights, lines: list[Line]) -> None:
         """Keep a finished block.
@@ -58,6 +70,17 @@ class Checkpoints:
 
     def _path(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.safetensors"
+
+    @contextlib.contextmanager
+    def _damage_of(self, i: int) -> Iterator[None]:
+        try:
+            yield
+        except (QjaxError, KeyError, ValueError, TypeError) as error:
+            raise FormatError(f"{self._path(i)}: {error}: remove this file, or start anew (--fresh)") from error
+
+
+def _lines(facts: Mapping[str, str]) -> list[Line]:
+    return [Line(*line) for line in json.loads(facts[_LINES])]
 
 
 @contextlib.contextmanager
@@ -96,7 +119,8 @@ def open_checkpoints(folder: str | Path, facts: Mapping[str, object], *, fresh: 
 
 
 def _empty(folder: Path) -> None:
-    for path in [folder / _RECORD, *folder.glob("block-*.safetensors")]:
+    # The record last: without it the rest is not known for ours.
+    for path in [*folder.glob("block-*.safetensors"), folder / _LOG, folder / _RECORD]:
         path.unlink(missing_ok=True)
 
 

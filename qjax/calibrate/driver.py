@@ -6,7 +6,7 @@ can be kept in `Checkpoints`: a run that was killed reads it, recomputes the hid
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ from qjax.models.load import (
 )
 
 Progress = Callable[[int, int, str], None]
+Log = Callable[[Sequence[Line]], None]
 _NO_HIDDEN = np.zeros((0, 1, 1), np.float32)
 _NAMES = {key: name for name, key in TOP.items()}
 
@@ -93,6 +94,7 @@ def quantize_blocks(
     lay_out: LayOut = keep,
     place: Place = keep,
     progress: Progress = lambda done, total, note: None,
+    log: Log = lambda lines: None,
 ) -> Quantized:
     """Every matrix that has a scheme packed by the method, the embedding and the output matrix to nearest.
 
@@ -104,6 +106,8 @@ def quantize_blocks(
       checkpoints: where finished blocks are kept, and looked for.
       lay_out, place: see `load_gguf`; what they give is in the params, not in the checkpoints.
       progress: told blocks done, blocks in all, and what is done now.
+      log: told what was lost of each matrix, in order: first of all that is done at the start, then of each block once
+        it is kept.
 
     Raises:
       QjaxError: no tokens for a method that wants some, weights or hidden states that are not finite, or a checkpoint
@@ -115,6 +119,8 @@ def quantize_blocks(
     done = checkpoints.count(config.layers) if checkpoints is not None else 0
     progress(0, config.layers, "")
     ends, lines = _rounded_ends(model, schemes)
+    restored = [] if checkpoints is None else [line for i in range(done) for line in checkpoints.lines(i)]
+    log([*lines, *restored])
     blocks = _Blocks(model, method, schemes, ends["token_embd"], tokens if method.needs_inputs else None, batch)
     params = {key: value for key, value in ends.items() if key not in _NAMES}
     params["rope"] = placed(place, "rope", params["rope"])
@@ -127,8 +133,10 @@ def quantize_blocks(
         found = checkpoints.read(i) if checkpoints is not None and i < done else None
         # Past the last block that is still to do nobody wants hidden states.
         weights, of_block = blocks.next(i, found, last=i + 1 == config.layers or done == config.layers)
-        if checkpoints is not None and found is None:
-            checkpoints.write(i, weights, of_block)
+        if found is None:
+            if checkpoints is not None:
+                checkpoints.write(i, weights, of_block)
+            log(of_block)
         lines += of_block
         layers.append(
             {key: _placed(model, layer_tensor(i, key), weights.pop(key), lay_out, place) for key in list(weights)}

@@ -1,6 +1,7 @@
 """A float model to a folder (or GGUF file) by a quantizing method, block by block: `qjax quantize --method gptq`.
 
 Finished blocks lie in OUT.partial until all is written: a run that was killed goes on from there, to the same bytes.
+What was lost of the matrices so far is told by quantization.csv there.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from qjax.quantizers.rtn import rtn
 from qjax.runs.budget import N_CTX, Budget, measured
 from qjax.runs.budget_schemes import recipe_within
 from qjax.runs.console import console, emit, megabytes, progress_bar, show_table
-from qjax.runs.error_log import facts, write_log
+from qjax.runs.error_log import facts, growing_log, write_log
 from qjax.text.files import read_text
 from qjax.version import __version__
 
@@ -153,7 +154,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
         done = kept.count(model.config.layers)
         if done:
             console.print(f"resuming: {done} of {model.config.layers} blocks are done", markup=False)
-        with progress_bar("quantizing blocks") as advance:
+        with progress_bar("quantizing blocks") as advance, growing_log(kept.log) as log:
             # As kernels want them where the model is run afterwards.
             made = quantize_blocks(
                 model,
@@ -164,6 +165,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
                 checkpoints=kept,
                 lay_out=lay_out if job.evaluate is not None or planned.looked_at is not None else keep,
                 progress=advance,
+                log=log,
             )
         packed = api.Model(made.params, model.config, source.metadata, source.metadata_types, source.path)
         measures = _measures(job, planned, packed)
@@ -176,7 +178,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
         )
         with progress_bar(f"writing {output.path}") as advance:
             _save(packed, output, told, lambda name: advance(note=name))
-        log = write_log(made.lines, _log_stem(output), f"{source.path.name}: {type(recipe.method).__name__}")
+        logs = write_log(made.lines, _log_stem(output), f"{source.path.name}: {type(recipe.method).__name__}")
         kept.remove()
     memory = packed.memory
     return {
@@ -187,7 +189,7 @@ def quantize_model(job: Job, output: Output) -> dict[str, Any]:
         "bits_per_weight": memory.bits_per_weight,
         "parameters": memory.parameters,
         "tensors": facts(made.lines),
-        "log": [str(path) for path in log],
+        "log": [str(path) for path in logs],
         "samples": 0 if tokens is None else len(tokens),
         "seq_len": 0 if tokens is None else tokens.shape[1],
         "resumed": made.resumed,

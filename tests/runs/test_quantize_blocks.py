@@ -94,15 +94,21 @@ def test_a_run_that_is_killed_twice(model: Path, job: Job, tmp_path: Path) -> No
     folder = tmp_path / "again"
     folder.mkdir()
     out, partial = folder / "out", folder / "out.partial"
+    logged = (tmp_path / "whole" / "out" / "quantization.csv").read_text()
     for when, kept in (("writing", 2), ("saving", 4)):
         command = [sys.executable, "-c", KILLED, str(ROOT / "tests/calibrate"), str(model), str(out), when]
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not out.exists()
         assert len(list(partial.glob("block-*.safetensors"))) == kept
+        # Of what is kept, in order; this method takes no time.
+        head, *lines = logged.splitlines(keepends=True)
+        told = [head, *(line for line in lines if int(line.split(",")[0]) < kept)]
+        assert (partial / "quantization.csv").read_text() == "".join(told)
     made = quantize_model(job, output_at(out, "qjax"))
     assert made["resumed"] == 4
     assert files(out) == files(tmp_path / "whole" / "out")
+    assert (out / "quantization.csv").read_text() == logged
     assert [entry.name for entry in folder.iterdir()] == ["out"]
 
 
