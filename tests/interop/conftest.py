@@ -2,11 +2,15 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Test files are no package: what several of them use (`loading.py`) is found there.
+sys.path.insert(0, str(Path(__file__).parent))
 
 SCRIPTS = Path(__file__).parent / "peers"
 Peer = Callable[..., str]

@@ -4,35 +4,20 @@
 """
 
 import argparse
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from loading import benchmark
 
 pytestmark = pytest.mark.interop
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SEEDS, CHUNKS = [0, 1, 2], 32
 
-
-def benchmark() -> ModuleType:
-    sys.path.append(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("vs_llmcompressor", FOLDER / "vs_llmcompressor.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-vs = benchmark()
+vs = benchmark("vs_llmcompressor")
 MATCHES = {match.name: match for match in vs.matches([40])}
 
 
