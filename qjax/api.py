@@ -20,7 +20,6 @@ from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.from_affine import blocks_of, type_for
 from qjax.formats.gguf.imatrix import read_imatrix
-from qjax.formats.gguf.mixes import is_mix
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.huggingface.card import Provenance
@@ -36,7 +35,6 @@ from qjax.models import CacheKind, ModelConfig, load_gguf, rewrite
 from qjax.models.exact import rounds_inputs, warn_unrounded
 from qjax.models.folder import NOTHING_KNOWN, save_folder
 from qjax.models.load import Make, Place, checked_config, gguf_tensors, keep
-from qjax.models.rewrite import PLAIN_TYPES
 from qjax.pipeline import Executor, Placing, Plan, check_plan, one_stage, read_plan
 from qjax.quantizers.ggml import Effort
 from qjax.quantizers.ggml_legacy import check_finite
@@ -122,8 +120,6 @@ class Model:
           QjaxError: a sampling number out of range, an unknown kind of cache, or a prompt and answer longer than the
             model's context.
         """
-        if kv_cache not in get_args(CacheKind):
-            raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if max_tokens is None:
             # At least one, so that a prompt which leaves nothing is an error.
@@ -139,7 +135,7 @@ class Model:
             sampler=sampler,
             seed=seed,
             stop=stop,
-            cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
+            cache_dtype=_entries(kv_cache, cache_dtype),
         )
 
     def infer(
@@ -197,7 +193,7 @@ class Model:
             rows=rows,
             sampler=sampler,
             seed=seed,
-            cache_dtype=jnp.int8 if kv_cache == "int8" else cache_dtype,
+            cache_dtype=_entries(kv_cache, cache_dtype),
         )
         return (Text(self.tokenizer.decode(one.ids, continuing=True), one.ids, one.stopped) for one in found)
 
@@ -208,6 +204,13 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages by the model's own chat template."""
         return self.generate(encode_chat(self.tokenizer, messages), **options)
+
+
+def _entries(kv_cache: CacheKind, cache_dtype: Any) -> Any:
+    """The dtype that an executor's cache is made with."""
+    if kv_cache not in get_args(CacheKind):
+        raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
+    return jnp.int8 if kv_cache == "int8" else cache_dtype
 
 
 def read_tokenizer(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
@@ -238,11 +241,6 @@ def quantizer(type_name: str) -> Make:
         return from_blocks(fitting, rewrite.encoded(fitting, np.asarray(w, np.float32)))
 
     return make
-
-
-def _names_mix(kind: str) -> bool:
-    """Whether this is a mix; of a name that is a plain type's too, such as q4_0, every matrix gets that type."""
-    return kind.lower() not in PLAIN_TYPES and is_mix(kind)
 
 
 def _by_mix(file: Source, mix: str, imatrix: str | Path | None, effort: Effort) -> Make:
@@ -313,7 +311,7 @@ def load(
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
     make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
-    if mix is not None and not _names_mix(mix):
+    if mix is not None and not rewrite.names_mix(mix):
         make, mix = quantizer(mix), None
     if imatrix is not None and mix is None:
         raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
@@ -323,10 +321,10 @@ def load(
         raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
     path = locate(model)
     file = open_source(path)
-    placing, lay_out = None, kernels_layout
+    placing, lay_out, wanted = None, kernels_layout, lambda name: True
     if plan is not None:
         placing = _placing(plan, file)
-        lay_out, place = placing.lay_out, placing.place
+        lay_out, place, wanted = placing.lay_out, placing.place, placing.wanted
     if isinstance(make, recipes.Recipe):
         given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
         step = lambda done, total, note: progress(f"block {done} of {total}")
@@ -336,8 +334,7 @@ def load(
         make = _by_mix(file, mix, imatrix, effort)
     if make is not None:
         rewrite.check_quantizable(file)
-    options: dict[str, Any] = {} if placing is None else {"wanted": placing.wanted}
-    params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, progress=progress, **options)
+    params, config = load_gguf(file, make=make, lay_out=lay_out, place=place, wanted=wanted, progress=progress)
     return Model(params, config, file.metadata, file.metadata_types, path, dict(file.found), placing)
 
 
@@ -445,7 +442,7 @@ def convert(
     """
     opened = open_source(locate(source))
     output = rewrite.Output(split_max_bytes, fresh, resumed)
-    if quantize is not None and _names_mix(quantize):
+    if quantize is not None and rewrite.names_mix(quantize):
         files, _ = rewrite.convert_to_mix(opened, target, Wish(quantize), output=output, progress=progress)
     else:
         files = rewrite.convert(opened, target, quantize=quantize, output=output, progress=progress)

@@ -64,6 +64,19 @@ def _cuttable(weight: LaneBlockedArray, parts: int, side: Side) -> bool:
     )
 
 
+def why_whole(weight: Any, parts: int, axis: str) -> str | None:
+    """Why columns of a weight, its rows side by side, cannot be cut over an axis of so many devices; None: they can."""
+    columns, unit = weight.shape[1], weight.column_unit if isinstance(weight, QuantizedArray) else 1
+    if columns % (parts * unit):
+        return (
+            f"cannot cut {columns} columns into {parts} equal parts on borders of {unit} "
+            f"(mesh axis {axis!r}): cut along out_features, or use fewer devices"
+        )
+    if any(leaf.shape[-1] % parts for leaf in jax.tree.leaves(weight)):
+        return f"a scale is shared by all columns of {weight!r}: cut along out_features"
+    return None
+
+
 def partition(weight: Any, mesh: Mesh, axis: str, side: Side = "out") -> Partitioned:
     """Cut a 2-D packed or float weight over one axis of a mesh and put its parts there.
 
@@ -75,19 +88,12 @@ def partition(weight: Any, mesh: Mesh, axis: str, side: Side = "out") -> Partiti
     if weight.ndim != 2:
         raise ValueError(f"expected a 2-D weight to partition, got shape {weight.shape}")
     parts = mesh.shape[axis]
-    rows, columns = weight.shape
+    rows = weight.shape[0]
     if isinstance(weight, LaneBlockedArray) and not _cuttable(weight, parts, side):
         weight = weight.plain()
     if side == "out" and rows % parts:
         raise ValueError(f"cannot cut {rows} rows into {parts} equal parts over mesh axis {axis!r}")
-    if side == "in":
-        unit = weight.column_unit if isinstance(weight, QuantizedArray) else 1
-        if columns % (parts * unit):
-            raise ValueError(
-                f"cannot cut {columns} columns into {parts} equal parts on borders of {unit} "
-                f"(mesh axis {axis!r}): cut along out_features, or use fewer devices"
-            )
-        if any(leaf.shape[-1] % parts for leaf in jax.tree.leaves(weight)):
-            raise ValueError(f"a scale is shared by all columns of {weight!r}: cut along out_features")
+    if side == "in" and (why := why_whole(weight, parts, axis)) is not None:
+        raise ValueError(why)
     sharding = NamedSharding(mesh, Partitioned(weight, mesh, axis, side).spec)
     return Partitioned(jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), weight), mesh, axis, side)

@@ -23,6 +23,7 @@ from qjax.pipeline import Executor, choose
 
 # New tokens that the cache of `generate_ids` has room for at the start.
 NEW_SLOTS = 256
+_NO_TOKENS = "a prompt has no tokens: give at least one (or let the model add its BOS)"
 
 
 def with_room(model: Executor, cache: Any, length: int) -> Any:
@@ -39,7 +40,7 @@ def prefill(model: Executor, prompts: Sequence[Sequence[int]], cache: Any) -> tu
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or lengths.min() < 1:
-        raise QjaxError("a prompt has no tokens: give at least one (or let the model add its BOS)")
+        raise QjaxError(_NO_TOKENS)
     sizes = chunk_sizes(int(lengths.max()))
     tokens = np.zeros((len(prompts), sum(sizes)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -63,7 +64,7 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], max_tokens: int) ->
       QjaxError: it is empty, has ids that are not in the vocabulary, or there is no room.
     """
     if not len(prompt):
-        raise QjaxError("a prompt has no tokens: give at least one (or let the model add its BOS)")
+        raise QjaxError(_NO_TOKENS)
     room = config.context - len(prompt)
     if max_tokens > room:
         way_out = f"ask for at most {room} (max_tokens, -n {room}), or give a shorter prompt"
@@ -81,6 +82,22 @@ def row_keys(seed: int, rows: np.ndarray) -> Any:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
 
 
+def first_tokens(
+    model: Executor,
+    logits: Float[Array, "batch vocab"],
+    prompts: Sequence[Sequence[int]],
+    keys: Any,
+    *,
+    sampler: Sampler,
+) -> tuple[Any, Any, Any]:
+    """The tokens that follow prompts whose last logits these are, the tokens seen with them, and the next keys."""
+    mask = np.zeros(logits.shape, bool)
+    for row, prompt in zip(mask, prompts, strict=True):
+        row[np.asarray(prompt)] = True
+    seen, keys = model.home((jnp.asarray(mask), keys))
+    return choose(logits, seen, keys, sampler=sampler)
+
+
 def decode(
     model: Executor,
     logits: Float[Array, "batch vocab"],
@@ -96,11 +113,8 @@ def decode(
     The next step is under way before a token is handed out, so that reading it does not make the device wait. A cache
     that is full grows. `keys` are `row_keys`, of seed 0 if None.
     """
-    mask = np.zeros(logits.shape, bool)
-    for row, prompt in zip(mask, prompts, strict=True):
-        row[np.asarray(prompt)] = True
-    seen, keys = model.home((jnp.asarray(mask), row_keys(0, np.arange(len(prompts))) if keys is None else keys))
-    token, seen, keys = choose(logits, seen, keys, sampler=sampler)
+    keys = row_keys(0, np.arange(len(prompts))) if keys is None else keys
+    token, seen, keys = first_tokens(model, logits, prompts, keys, sampler=sampler)
     # Counted here, since reading it from the device would wait for each step.
     longest = int(model.lengths(cache).max())
     for step in range(steps):
@@ -112,7 +126,7 @@ def decode(
         yield np.asarray(now)
 
 
-def _groups(rows: int, microbatches: int) -> list[slice]:
+def row_groups(rows: int, microbatches: int) -> list[slice]:
     """Rows in groups of nearly one size, no more than there are rows."""
     count = max(min(rows, microbatches), 1)
     return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
@@ -145,7 +159,7 @@ def generate_ids(
         check_prompt(config, prompt, max_tokens)
     keys, slots = row_keys(seed, np.arange(len(prompts))), slots_for(longest, min(max_tokens, NEW_SLOTS))
     runs = []
-    for rows in _groups(len(prompts), microbatches or model.microbatches):
+    for rows in row_groups(len(prompts), microbatches or model.microbatches):
         mine = prompts[rows]
         logits, cache = prefill(model, mine, model.init_cache(len(mine), slots, cache_dtype))
         options = {"steps": max_tokens, "sampler": sampler or Greedy(), "keys": keys[rows]}

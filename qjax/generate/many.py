@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.generate.engine import check_prompt, prefill, row_keys, slots_for, with_room
+from qjax.generate.engine import NEW_SLOTS, check_prompt, first_tokens, prefill, row_groups, row_keys, with_room
 from qjax.generate.sampling import Greedy, Sampler
-from qjax.pipeline import Executor, choose
+from qjax.models.slots import slots_for
+from qjax.pipeline import Executor
 
 
 class Finished(NamedTuple):
@@ -60,21 +61,22 @@ class _Group:
         # Rows that no prompt is left for repeat the first one, unseen.
         prompts = [row.prompt for row in first] + [first[0].prompt] * (size - len(first))
         longest = max(map(len, prompts))
-        cache = model.init_cache(size, slots_for(longest, min(options.max_tokens, 256)), options.cache_dtype)
-        logits, self.cache = prefill(model, prompts, cache)
-        indices = np.array([row.index for row in first] + [0] * (size - len(first)))
-        seen = model.home((jnp.asarray(np.stack([self._mask(p) for p in prompts])), options.keys(indices)))
-        self.token, self.seen, self.keys = choose(logits, *seen, sampler=options.sampler)
+        indices = [row.index for row in first] + [0] * (size - len(first))
+        slots = slots_for(longest, min(options.max_tokens, NEW_SLOTS))
+        (self.token, self.seen, self.keys), self.cache = self._begun(prompts, indices, slots)
         self.lengths = np.array([len(p) for p in prompts])
 
     def _next(self) -> _Row | None:
         found = next(self.waiting, None)
         return None if found is None else _Row(*found)
 
-    def _mask(self, prompt: Sequence[int]) -> np.ndarray:
-        mask = np.zeros(self.model.config.vocab, bool)
-        mask[np.asarray(prompt)] = True
-        return mask
+    def _begun(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], slots: int) -> tuple[Any, Any]:
+        """First tokens, tokens seen and keys of prompts that were read, and their cache."""
+        options = self.options
+        cache = self.model.init_cache(len(prompts), slots, options.cache_dtype)
+        logits, cache = prefill(self.model, prompts, cache)
+        keys = row_keys(options.seed, np.array(indices))
+        return first_tokens(self.model, logits, prompts, keys, sampler=options.sampler), cache
 
     @property
     def busy(self) -> bool:
@@ -109,21 +111,18 @@ class _Group:
 
     def _admit(self, i: int, row: _Row) -> None:
         """Read a prompt, and give it row i of the batch."""
-        model, options = self.model, self.options
-        one = model.init_cache(1, slots_for(len(row.prompt), 0), options.cache_dtype)
-        logits, one = prefill(model, [row.prompt], one)
+        model = self.model
+        state, one = self._begun([row.prompt], [row.index], slots_for(len(row.prompt), 0))
         self.cache = with_room(model, self.cache, max(int(self.lengths.max()), model.slots(one) - 1))
         self.cache = model.insert(self.cache, i, one)
-        mask, keys = model.home((jnp.asarray(self._mask(row.prompt))[None], options.keys(np.array([row.index]))))
-        token, mask, keys = choose(logits, mask, keys, sampler=options.sampler)
-        self.token, self.seen, self.keys = model.replace((self.token, self.seen, self.keys), i, (token, mask, keys))
+        self.token, self.seen, self.keys = model.replace((self.token, self.seen, self.keys), i, state)
         self.rows[i] = row
         self.lengths[i] = len(row.prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all prompts share."""
+    """What all prompts share; a prompt draws as it does alone with the seed `seed` + its index."""
 
     max_tokens: int
     ends: frozenset[int]
@@ -131,16 +130,11 @@ class Options:
     seed: int
     cache_dtype: Any
 
-    def keys(self, indices: np.ndarray) -> Any:
-        """A prompt's key: that of a text alone with the seed `seed` + its index."""
-        return row_keys(self.seed, indices)
-
 
 def _run(model: Executor, waiting: Waiting, rows: int, options: Options) -> Iterator[Finished]:
     """Texts as they end."""
-    count = max(min(model.microbatches, rows), 1)
-    sizes = [(i + 1) * rows // count - i * rows // count for i in range(count)]
-    groups = [_Group(model, size, options, waiting) for size in sizes]
+    shares = row_groups(rows, model.microbatches)
+    groups = [_Group(model, share.stop - share.start, options, waiting) for share in shares]
     while groups := [group for group in groups if group.busy]:
         for group in groups:
             yield from group.step()

@@ -8,7 +8,7 @@ Who needs more than logits (what quantizers are calibrated with) walks the layer
 `layer` by `layer`, with a `Tap` on what the weights are multiplied with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,9 +43,13 @@ Tap = Callable[[tuple[str, ...], Any], Any]
 Tapped = dict[tuple[str, ...], Any]
 
 
-def project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
+def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
     """Products of x with the weights of these names, each with its bias if it has one."""
-    products = qmatmuls(x, [p[name] for name in names], activations=activations)
+    return with_biases(qmatmuls(x, [p[name] for name in names], activations=activations), p, names)
+
+
+def with_biases(products: Sequence[Any], p: Params, names: Sequence[str]) -> list[Any]:
+    """Products with the weights of these names, each with its bias added if it has one."""
     biases = [p.get(f"{name}_bias") for name in names]
     return [
         y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, -1)
@@ -80,7 +84,6 @@ def layer_body(
     `products(x, *names)` gives the products of x with the weights of these names. Of a layer that is cut over devices
     this is one device's part, and `config` has its heads.
     """
-
     batch, seq, _ = x.shape
     h = rms_norm(x, p["attn_norm"], config.norm_eps)
     q, k, v = products(h, "attn_q", "attn_k", "attn_v")
@@ -124,7 +127,7 @@ def layer(
     def products(x: Hidden, *names: str) -> list[Any]:
         if tap is not None:
             tapped[names] = tap(names, x)
-        return project(x, p, names, activations)
+        return _project(x, p, names, activations)
 
     return *layer_body(p, x, angles, positions, cache, config=config, products=products), tapped
 
@@ -178,6 +181,9 @@ class Programs(NamedTuple):
     head: Callable[..., Any]
 
 
+WHOLE = Programs(embed, layer, head)
+
+
 def forward(
     params: Params,
     config: ModelConfig,
@@ -217,7 +223,7 @@ def run_part(
     counts: Int[Array, " batch"] | None = None,
     logits_at: Int[Array, "batch n"] | None = None,
     activations: Activations = "float",
-    programs: "Programs | None" = None,
+    programs: Programs = WHOLE,
 ) -> tuple[Any, KVCache | None]:
     """`forward` of consecutive layers, with the embedding and the head or without.
 
@@ -231,7 +237,6 @@ def run_part(
     Returns:
       logits of the last part, else float32 hidden states [batch, seq, hidden]; and the cache.
     """
-    programs = programs or Programs(embed, layer, head)
     batch, seq = x.shape[:2]
     start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
     angles, positions = turns(params, seq, start)

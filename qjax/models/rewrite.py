@@ -15,7 +15,7 @@ import numpy as np
 from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.imatrix import read_imatrix
-from qjax.formats.gguf.mixes import file_type
+from qjax.formats.gguf.mixes import file_type, is_mix
 from qjax.formats.gguf.plan import Wish, plan
 from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
@@ -88,6 +88,11 @@ def plain_type(type_name: str) -> str:
         known = ", ".join(PLAIN_TYPES)
         raise QjaxError(f"cannot quantize to {type_name!r}; known are {known}, and llama.cpp's mixes such as q4_k_m")
     return type_name.upper()
+
+
+def names_mix(kind: str) -> bool:
+    """Whether this is a mix; of a name that is a plain type's too, such as q4_0, every matrix gets that type."""
+    return kind.lower() not in PLAIN_TYPES and is_mix(kind)
 
 
 def whole_rows(name: str, shape: tuple[int, ...], kind: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qjax.kernels import native
+from qjax.kernels.tiles import TILE_MANY
 from qjax.models import CacheKind
 from qjax.models.slots import chunk_sizes, slots_for
 from qjax.pipeline.devices import Device
@@ -20,7 +21,7 @@ from qjax.pipeline.sizes import ModelSizes
 MARGIN = 0.1
 FLOAT = 4
 # Floats of a dequantized tile (kernels/tiles.py), with its product and the codes that it comes from.
-_TILE_BYTES = 3 * FLOAT * (1 << 19)
+_TILE_BYTES = 3 * FLOAT * TILE_MANY
 # Logits, those of the chunk before, and what a sampler sorts and sums.
 _LOGITS = 4
 

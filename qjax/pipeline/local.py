@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,34 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def local_devices() -> tuple[Device, ...]:
-    """The accelerators of this process, then its CPU devices, which share the memory that is free."""
+def named_devices() -> dict[str, Any]:
+    """JAX's devices of this process by the names that plans have for them, accelerators first."""
     found = list(jax.local_devices())
     if jax.default_backend() != "cpu":
         found += jax.local_devices(backend="cpu")
-    cpus = sum(device.platform == "cpu" for device in found)
-    known = _read_cache()
-    made, counts, before = [], {}, dict(known)
+    counts: Counter[str] = Counter()
+    named = {}
     for device in found:
         kind = kind_of(device)
-        index = counts[kind] = counts.get(kind, -1) + 1
+        named[f"{kind}:{counts[kind]}"] = device
+        counts[kind] += 1
+    return named
+
+
+def local_devices() -> tuple[Device, ...]:
+    """The accelerators of this process, then its CPU devices, which share the memory that is free."""
+    found = named_devices()
+    cpus = sum(device.platform == "cpu" for device in found.values())
+    known = _read_cache()
+    made, before = [], dict(known)
+    for name, device in found.items():
+        kind = kind_of(device)
         key = f"{kind}, {device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
         rates = known.get(key)
         if rates is None:
             rates = known[key] = measured(device)
         memory = (available_memory() or _UNKNOWN_MEMORY) // cpus if kind == "cpu" else _free_memory(device)
-        made.append(Device(f"{kind}:{index}", memory, **rates))
+        made.append(Device(name, memory, **rates))
     if known != before:
         _write_cache(known)
     return tuple(made)

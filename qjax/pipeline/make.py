@@ -13,7 +13,7 @@ from qjax.models.slots import SLOT_UNIT
 from qjax.pipeline.costs import Costs, costs_of
 from qjax.pipeline.devices import Device
 from qjax.pipeline.plan import Plan, StagePlan
-from qjax.pipeline.report import InfeasibleError, lacking, report
+from qjax.pipeline.report import InfeasibleError, lacking, largest, report
 from qjax.pipeline.sizes import ModelSizes, model_sizes
 from qjax.pipeline.solve import Objective, Segment, segment_fits, solve, stage_plans
 
@@ -173,9 +173,10 @@ def _filled(wanted: Plan, sizes: ModelSizes) -> Plan:
 
 def _infeasible(plan: Plan, model: Source | ModelConfig, sizes: ModelSizes, place: Place) -> InfeasibleError:
     nearest = tuple(_nearest(plan, model, sizes, place))
-    what = "; ".join(f"{name} lacks {_gib(count)}" for name, count in lacking(plan, sizes).items())
+    made = report(plan, sizes)
+    what = "; ".join(f"{name} lacks {_gib(count)}" for name, count in made.lacks.items())
     out = f"what fits: {'; or '.join(text for text, _ in nearest)}" if nearest else "nothing smaller fits either"
-    return InfeasibleError(f"{sizes.name} does not fit: {what}; {out}", report(plan, sizes), nearest)
+    return InfeasibleError(f"{sizes.name} does not fit: {what}; {out}", made, nearest)
 
 
 def _gib(count: int) -> str:
@@ -223,10 +224,10 @@ def _single_changes(
         if (fewer := fits(made, **kind)) is not None:
             found.append((text, fewer))
             break
-    units = _most(lambda n: fits(sizes, context=n * SLOT_UNIT), (plan.context - 1) // SLOT_UNIT)
+    _, units = largest(lambda n: fits(sizes, context=n * SLOT_UNIT), (plan.context - 1) // SLOT_UNIT)
     if units is not None:
         found.append((f"a context of {units.context}", units))
-    batch = _most(lambda n: fits(sizes, batch=n), plan.batch - 1)
+    _, batch = largest(lambda n: fits(sizes, batch=n), plan.batch - 1)
     if batch is not None:
         found.append((f"a batch of {batch.batch}", batch))
     return [(text, made) for text, made in found if made is not None]
@@ -239,13 +240,3 @@ def _smaller(model: Source | ModelConfig, sizes: ModelSizes) -> Iterable[tuple[s
         made = model_sizes(model, kind, name=sizes.name, anew=sizes.quantized)
         if made.weights(0, len(made.units), "host") < now:
             yield (f"a file of type {kind}" if sizes.quantized else f"type {kind}"), made
-
-
-def _most(fits: Callable[[int], Plan | None], most: int) -> Plan | None:
-    """The plan of the largest number up to `most` that has room."""
-    low, high, best = 0, most + 1, None
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = fits(middle)
-        low, high, best = (middle, high, found) if found is not None else (low, middle, best)
-    return best

@@ -14,10 +14,11 @@ from qjax.models import ModelConfig
 from qjax.models.forward import Params
 from qjax.models.load import TOP
 from qjax.pipeline.executor import Executor, Pipeline
+from qjax.pipeline.local import named_devices
 from qjax.pipeline.plan import Plan, StagePlan
 from qjax.pipeline.processes import ProcessPipeline
 from qjax.pipeline.stage import Stage, Streamed, Where, platform_of
-from qjax.pipeline.tensor_parallel import cut, model_mesh
+from qjax.pipeline.tensor_parallel import cut, local_config, model_mesh
 
 
 def local_device(name: str) -> Any:
@@ -30,13 +31,7 @@ def local_device(name: str) -> Any:
     try:
         return jax.local_devices(backend=kind)[int(index or 0)]
     except (RuntimeError, IndexError):
-        found = ", ".join(_name(device) for device in jax.local_devices())
-        raise QjaxError(f"there is no device {name} here; there are {found} (and cpu:0)") from None
-
-
-def _name(device: Any) -> str:
-    kind = "cuda" if device.platform == "gpu" else device.platform
-    return f"{kind}:{device.local_hardware_id if device.local_hardware_id is not None else device.id}"
+        raise QjaxError(f"there is no device {name} here; there are {', '.join(named_devices())}") from None
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,7 +58,7 @@ class Placing:
         for where in self.where:
             if isinstance(where, Mesh):
                 # Whether the heads can be shared out is said before anything is loaded.
-                cut("attn_norm", 0, where, self.config)
+                local_config(self.config, where.size)
 
     @functools.cached_property
     def where(self) -> tuple[Where, ...]:

@@ -10,6 +10,7 @@ rows of a smaller group. `shard_map` over the axis "stage" moves x by `ppermute`
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,10 +81,7 @@ class ProcessPipeline:
         return cache.slots
 
     def grow(self, cache: "Held", slots: int) -> "Held":
-        held = self._landed(cache)
-        held = grow_cache(held, slots) if held.keys else held
-        if cache.flight is not None:
-            cache.flight.cache = held
+        held = self._changed(cache, lambda held: grow_cache(held, slots))
         return Held(held, slots, cache.length, cache.flight)
 
     def lengths(self, cache: "Held") -> Any:
@@ -93,11 +91,7 @@ class ProcessPipeline:
         return self._stage.put(x)
 
     def insert(self, cache: "Held", row: int, other: "Held") -> "Held":
-        held = self._landed(cache)
-        if held.keys:
-            held = insert_row(held, row, other.cache)
-        if cache.flight is not None:
-            cache.flight.cache = held
+        held = self._changed(cache, lambda held: insert_row(held, row, other.cache))
         length = cache.length.copy()
         length[row] = other.length[0]
         return Held(held, cache.slots, length, cache.flight)
@@ -111,12 +105,16 @@ class ProcessPipeline:
         token.token = made
         return token, token.seen, token.keys
 
-    def _landed(self, cache: "Held") -> KVCache:
-        """What this process holds, once no step has it."""
-        if cache.flight is None:
-            return cache.cache
-        self._finish(cache.flight)
-        return cache.flight.cache
+    def _changed(self, cache: "Held", change: Callable[[KVCache], KVCache]) -> KVCache:
+        """What this process holds, changed once no step has it; a stage without layers holds nothing to change."""
+        flight = cache.flight
+        if flight is not None:
+            self._finish(flight)
+        held = cache.cache if flight is None else flight.cache
+        held = change(held) if held.keys else held
+        if flight is not None:
+            flight.cache = held
+        return held
 
     def forward(
         self,
@@ -154,12 +152,10 @@ class ProcessPipeline:
         sampler: Sampler,
     ) -> tuple[Any, Any, Any, "Held"]:
         """One step, which enters the first stage now; its tokens have come round some ticks later."""
-        before = token if isinstance(token, Flight) else None
-        if before is not None:
-            self._finish(before)
-            token, held, seen, keys = before.token[: before.rows], before.cache, before.seen, before.keys
-        else:
-            held = cache.cache
+        held = cache.cache
+        if isinstance(token, Flight):
+            self._finish(token)
+            token, held, seen, keys = token.token, token.cache, token.seen, token.keys
         flight = Flight(held, token, seen, keys, sampler, len(cache.length), wait=self._finish)
         self._flights.append(flight)
         self._tick()

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 from qjax.errors import QjaxError
 from qjax.pipeline.costs import FLOAT, Costs, Held, Seconds, costs_of, together, units_of
 from qjax.pipeline.devices import Device
 from qjax.pipeline.plan import Plan
 from qjax.pipeline.sizes import ModelSizes
+from qjax.pipeline.tensor_parallel import local_config
 
+T = TypeVar("T")
 # Larger batches are no question of memory.
 MOST_BATCH = 1 << 20
 
@@ -120,13 +123,18 @@ def report(plan: Plan, sizes: ModelSizes) -> Report:
       QjaxError: see `held_by`.
     """
     costs, held = _checked(plan, sizes), held_by(plan, sizes)
-    seconds = stage_seconds(plan, sizes)
+    units = units_of(plan)
+    seconds = [
+        costs.seconds(*mine, tuple(map(plan.device, stage.devices)), streamed=stage.streamed)
+        for stage, mine in zip(plan.stages, units, strict=True)
+    ]
     busy = {device.name: 0.0 for device in plan.devices}
     for stage, time in zip(plan.stages, seconds, strict=True):
         for name in stage.devices:
             busy[name] += time.total
     alone = sum(time.total for time in seconds)
-    step = step_seconds(plan, sizes)
+    # Microbatches overlap, but not on a device.
+    step = max(plan.microbatches * max(busy.values()), alone)
     uses = tuple(
         DeviceUse(
             device,
@@ -138,46 +146,24 @@ def report(plan: Plan, sizes: ModelSizes) -> Report:
         for device in plan.devices
     )
     moved = sum(
-        (costs.host(*units) / costs.rows if stage.streamed else 0.0)
-        for stage, units in zip(plan.stages, units_of(plan), strict=True)
+        (costs.host(*mine) / costs.rows if stage.streamed else 0.0)
+        for stage, mine in zip(plan.stages, units, strict=True)
     )
     moved += (len(plan.stages) - 1) * FLOAT * sizes.config.hidden + 2 * FLOAT
-    batch = _largest(lambda n: not lacking(_with_batch(plan, n), sizes), MOST_BATCH)
-    context = _largest(lambda n: not lacking(dataclasses.replace(plan, context=n), sizes), sizes.config.context)
+    batch, _ = largest(lambda n: not lacking(_with_batch(plan, n), sizes), MOST_BATCH)
+    context, _ = largest(lambda n: not lacking(dataclasses.replace(plan, context=n), sizes), sizes.config.context)
     limits = _limits(plan, sizes, seconds, batch)
     return Report(plan, uses, plan.batch / step, moved, batch, context, limits)
-
-
-def stage_seconds(plan: Plan, sizes: ModelSizes) -> list[Seconds]:
-    """Of each stage, for one microbatch."""
-    costs = _checked(plan, sizes)
-    return [
-        costs.seconds(*units, tuple(map(plan.device, stage.devices)), streamed=stage.streamed)
-        for stage, units in zip(plan.stages, units_of(plan), strict=True)
-    ]
-
-
-def step_seconds(plan: Plan, sizes: ModelSizes) -> float:
-    """Of a decode step of the whole batch: its microbatches overlap, but not on a device."""
-    seconds = [time.total for time in stage_seconds(plan, sizes)]
-    busy = [
-        sum(time for stage, time in zip(plan.stages, seconds, strict=True) if device.name in stage.devices)
-        for device in plan.devices
-    ]
-    return max(plan.microbatches * max(busy), sum(seconds))
 
 
 def _checked(plan: Plan, sizes: ModelSizes) -> Costs:
     if plan.layers != sizes.config.layers:
         raise QjaxError(f"the plan places {plan.layers} layers, {sizes.name} has {sizes.config.layers}")
-    config = sizes.config
     for stage in plan.stages:
-        n = len(stage.devices)
-        if config.heads % n or config.ffn % n or (config.kv_heads % n and n % config.kv_heads):
-            raise QjaxError(
-                f"{', '.join(stage.devices)}: {config.heads} heads, {config.kv_heads} key heads and {config.ffn} ffn "
-                f"units cannot be shared out among {n} devices: use a mesh of another number"
-            )
+        try:
+            local_config(sizes.config, len(stage.devices))
+        except QjaxError as error:
+            raise QjaxError(f"{', '.join(stage.devices)}: {error}") from error
     return costs_of(plan, sizes)
 
 
@@ -185,13 +171,17 @@ def _with_batch(plan: Plan, batch: int) -> Plan:
     return dataclasses.replace(plan, batch=batch, microbatches=min(plan.microbatches, batch))
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 if 1 does not; what fits less fits."""
-    low, high = 0, most + 1
+def largest(fits: Callable[[int], T], most: int) -> tuple[int, T | None]:
+    """The largest number up to `most` that fits, and what `fits` gave for it; 0 and None if 1 does not.
+
+    What is less fits too.
+    """
+    low, high, best = 0, most + 1, None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        found = fits(middle)
+        low, high, best = (middle, high, found) if found else (low, middle, best)
+    return low, best
 
 
 def _limits(plan: Plan, sizes: ModelSizes, seconds: list[Seconds], batch: int) -> str:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from qjax.arrays.lanes import LANES, STEP
 from qjax.errors import QjaxError
 from qjax.formats.gguf.arrays import BLOCK_TYPES, FLOAT_TYPES
-from qjax.formats.gguf.mixes import is_mix
 from qjax.formats.gguf.places import Traits, traits_of
 from qjax.formats.gguf.plan import Wish, types_of
 from qjax.formats.gguf.types import GGML_TYPES
@@ -21,12 +21,10 @@ from qjax.formats.source import Source
 from qjax.kernels import native
 from qjax.models import ModelConfig
 from qjax.models.load import IGNORED_SUFFIXES, MATRICES, TOP, checked_config, expected_shapes, layer_weights
-from qjax.models.rewrite import PLAIN_TYPES, plain_type
+from qjax.models.rewrite import names_mix, plain_type
 
 EMBEDDING, OUTPUT = "token_embd", "output"
 _TIED_HEAD = "token_embd.weight"
-# Of the lanes that CPU kernels read (qjax/arrays/lanes.py): rows of a tile, columns of a step.
-_TILE, _STEP = 16, 32
 
 
 class Bytes(NamedTuple):
@@ -149,7 +147,7 @@ def wanted_types(shapes: Mapping[str, Sequence[int]], traits: Traits, type: str)
     Raises:
       QjaxError: an unknown type.
     """
-    if type.lower() not in PLAIN_TYPES and is_mix(type):
+    if names_mix(type):
         return types_of({name: tuple(shape) for name, shape in shapes.items()}, traits, Wish(type))
     kind = plain_type(type)
     block = GGML_TYPES[kind].block_size
@@ -201,4 +199,4 @@ def _nbytes(shape: tuple[int, ...], kind: str) -> int:
 def _in_lanes(size: int, shape: tuple[int, ...]) -> int:
     """Bytes with rows and columns filled up to whole tiles and steps."""
     rows, columns = shape
-    return -(-size * (rows + -rows % _TILE) * (columns + -columns % _STEP) // (rows * columns))
+    return -(-size * (rows + -rows % LANES) * (columns + -columns % STEP) // (rows * columns))

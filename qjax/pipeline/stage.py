@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax.kernels import Activations, native
 from qjax.models import KVCache, ModelConfig, init_cache
-from qjax.models.forward import Params, run_part
-from qjax.pipeline.tensor_parallel import cache_shardings, local_config, parallel_programs
+from qjax.models.forward import WHOLE, Params, run_part
+from qjax.pipeline.tensor_parallel import MODEL, cache_shardings, local_config, parallel_programs
 
 # sampler(logits [batch, vocab], seen [batch, vocab], keys [batch]) -> int32 [batch]; hashable.
 Sampler = Any
@@ -114,7 +114,7 @@ class Stage:
     def _widened(self, config: ModelConfig) -> ModelConfig:
         """The config whose heads are those of all devices together: keys of a head may be held more than once."""
         assert self.mesh is not None
-        parts = self.mesh.shape["model"]
+        parts = self.mesh.shape[MODEL]
         return dataclasses.replace(config, kv_heads=parts * local_config(config, parts).kv_heads)
 
     def run(
@@ -182,7 +182,7 @@ def _run(
         counts=counts,
         logits_at=logits_at,
         activations=activations,
-        programs=None if mesh is None else parallel_programs(mesh),
+        programs=WHOLE if mesh is None else parallel_programs(mesh),
     )
 
 

@@ -23,10 +23,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.arrays import QuantizedArray, TransformedArray
+from qjax.arrays.partition import why_whole
 from qjax.errors import QjaxError
-from qjax.kernels import Activations, qmatmul, qtake
+from qjax.kernels import Activations, qmatmul, qmatmuls, qtake
 from qjax.models import ModelConfig
-from qjax.models.forward import Params, Programs, before_head, layer_body, project
+from qjax.models.forward import Params, Programs, before_head, layer_body, with_biases
 
 MODEL = "model"
 # The logical axes of each weight: of its rows, and of its columns.
@@ -65,24 +66,23 @@ def local_config(config: ModelConfig, parts: int) -> ModelConfig:
     Raises:
       QjaxError: heads or ffn units that cannot be shared out evenly.
     """
-    for what, count in (("heads", config.heads), ("ffn units", config.ffn)):
-        if count % parts:
-            fits = ", ".join(str(n) for n in range(1, 17) if config.heads % n == 0 and config.ffn % n == 0)
-            raise QjaxError(f"cannot share {count} {what} among {parts} devices: use a mesh of {fits}")
-    if config.kv_heads % parts and parts % config.kv_heads:
-        raise QjaxError(f"cannot share {config.kv_heads} key heads among {parts} devices")
+    if config.heads % parts or config.ffn % parts or (config.kv_heads % parts and parts % config.kv_heads):
+        raise QjaxError(
+            f"{config.heads} heads, {config.kv_heads} key heads and {config.ffn} ffn units cannot be shared out among "
+            f"{parts} devices: use a mesh of another number"
+        )
     return dataclasses.replace(
         config, heads=config.heads // parts, kv_heads=max(config.kv_heads // parts, 1), ffn=config.ffn // parts
     )
 
 
-def _rows_of_part(name: str, rows: int, config: ModelConfig, part: int, parts: int) -> slice:
-    """The rows that a device has; keys and values of one head may be with several."""
+def _share(name: str, size: int, config: ModelConfig, part: int, parts: int) -> slice:
+    """The rows or columns that a device has; rows of keys and values of one head may be with several."""
     if name in ("attn_k", "attn_v"):
         each = local_config(config, parts).kv_heads * config.head_dim
         first = part * config.kv_heads // parts * config.head_dim
         return slice(first, first + each)
-    return slice(part * rows // parts, (part + 1) * rows // parts)
+    return slice(part * size // parts, (part + 1) * size // parts)
 
 
 def _kind(name: str, array: Any, config: ModelConfig, parts: int) -> Kind | None:
@@ -92,10 +92,8 @@ def _kind(name: str, array: Any, config: ModelConfig, parts: int) -> Kind | None
         return "rows" if AXES[name][0] != "vocab" or array.shape[0] % parts == 0 else None
     if columns is None:
         return None
-    unit = array.column_unit if isinstance(array, QuantizedArray) else 1
-    whole = array.shape[1] % (parts * unit) == 0 and all(x.shape[-1] % parts == 0 for x in jax.tree.leaves(array))
     # What changes x (an order, a scale, a rounding of whole tokens) sees all of it.
-    if whole and not isinstance(array, TransformedArray):
+    if not isinstance(array, TransformedArray) and why_whole(array, parts, MODEL) is None:
         return "columns"
     return "gathered" if array.shape[0] % parts == 0 else None
 
@@ -134,11 +132,9 @@ def cut(
     if kind is None:
         whole = lay_out(name, plain) if weight in AXES and plain.ndim == 2 else plain
         return jax.device_put(whole, NamedSharding(mesh, ALL))
-    made = []
+    made, size = [], plain.shape[1] if kind == "columns" else plain.shape[0]
     for i, device in enumerate(devices):
-        size = plain.shape[1] if kind == "columns" else plain.shape[0]
-        which = slice(i * size // parts, (i + 1) * size // parts)
-        mine = _part(plain, kind, which if kind != "rows" else _rows_of_part(weight, size, config, i, parts))
+        mine = _part(plain, kind, _share(weight, size, config, i, parts))
         mine = lay_out(name, mine) if plain.ndim == 2 else mine
         made.append(jax.device_put(jax.tree.map(lambda leaf: leaf[None], mine), device))
     join = lambda *leaves: jax.make_array_from_single_device_arrays(
@@ -168,20 +164,14 @@ def _products(p: Params, activations: Activations, x: Any, *names: str) -> list[
     kind = _mine(p[names[0]])[1]
     if split and kind != "columns":
         x = lax.all_gather(x, MODEL, axis=-1, tiled=True)
+    mine = {name: _mine(p[name])[0] for name in (*names, *(f"{name}_bias" for name in names)) if name in p}
+    found = qmatmuls(x, [mine[name] for name in names], activations=activations)
     # Of a sum or a gathered whole each output has its bias once.
-    alone = split
-    weights = {name: _mine(p[name])[0] for name in names}
-    biases = {f"{name}_bias": _mine(p[f"{name}_bias"])[0] for name in names if f"{name}_bias" in p}
-    found = project(x, weights | ({} if alone else biases), names, activations)
     if kind == "columns":
         found = [lax.psum(y, MODEL) for y in found]
     elif kind == "gathered":
         found = [lax.all_gather(y, MODEL, axis=-1, tiled=True) for y in found]
-    if alone and biases:
-        found = [
-            y + biases[f"{name}_bias"].astype(y.dtype).reshape(1, 1, -1) for y, name in zip(found, names, strict=True)
-        ]
-    return found
+    return with_biases(found, mine, names)
 
 
 @partial(jax.jit, static_argnames=("config", "activations", "mesh"), donate_argnames=("cache",))

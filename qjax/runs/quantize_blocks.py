@@ -21,6 +21,7 @@ from jaxtyping import Int32
 
 from qjax import api
 from qjax.arrays import QuantizedArray, Scheme, TransformedArray
+from qjax.arrays.planes import layout_bits
 from qjax.calibrate.checkpoints import open_checkpoints
 from qjax.calibrate.data import Calibration, calibration_tokens
 from qjax.calibrate.driver import model_in, quantize_blocks
@@ -275,7 +276,7 @@ def check_storable(source: Source, recipe: Recipe, schemes: Mapping[str, Scheme]
 
 def _check_gguf(array: QuantizedArray, scheme: Scheme) -> None:
     kind = type_for(array)
-    if sum(plane.width for plane in BLOCK_TYPES[kind].static["layout"]) > scheme.bits:
+    if layout_bits(BLOCK_TYPES[kind].static["layout"]) > scheme.bits:
         raise UnsupportedError(f"of GGUF's types {kind} holds it, in more bits: choose as many, or save as qjax")
 
 
