@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import tempfile
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,7 +16,7 @@ from qjax.arrays import Memory, QuantizedArray, memory
 from qjax.calibrate import recipes
 from qjax.calibrate.data import Calibration, calibration_tokens
 from qjax.calibrate.driver import model_in, quantize_blocks
-from qjax.errors import QjaxError, UnsupportedError
+from qjax.errors import QjaxError, QjaxWarning, UnsupportedError
 from qjax.formats.gguf import from_blocks
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.gguf.from_affine import blocks_of, type_for
@@ -41,6 +42,7 @@ from qjax.quantizers.ggml_legacy import check_finite
 from qjax.text import Tokenizer, encode_chat
 
 DEFAULT_TOKENS = 128
+DEFAULT_ROWS = 8
 
 
 class Text(NamedTuple):
@@ -103,7 +105,7 @@ class Model:
         repetition_penalty: float | int = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        kv_cache: CacheKind = "float",
+        kv_cache: CacheKind | None = None,
         cache_dtype: Any = jnp.float16,
         activations: Activations | None = None,
     ) -> Iterator[Piece]:
@@ -113,29 +115,30 @@ class Model:
           max_tokens: None for 128, or for as many as the context leaves if these are fewer.
           stop: a string, or several, before which the text ends.
           kv_cache: "int8" keeps keys and values in half the memory, with a scale for each head and token; "float" as
-            floats of `cache_dtype`.
+            floats of `cache_dtype`; None for what the plan says, if there is one, else "float".
           activations: see `qmatmul`; None for `qjax.kernels.default_activations()`.
 
         Raises:
           QjaxError: a sampling number out of range, an unknown kind of cache, or a prompt and answer longer than the
-            model's context.
+            context of the model or the plan.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        model = self.executor(activations)
         if max_tokens is None:
             # At least one, so that a prompt which leaves nothing is an error.
-            max_tokens = max(min(DEFAULT_TOKENS, self.config.context - len(ids)), 1)
+            max_tokens = max(min(DEFAULT_TOKENS, model.config.context - len(ids)), 1)
         sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
         return stream_text(
-            self.executor(activations),
+            model,
             self.tokenizer,
             ids,
             max_tokens=max_tokens,
             sampler=sampler,
             seed=seed,
             stop=stop,
-            cache_dtype=_entries(kv_cache, cache_dtype),
+            cache_dtype=self._entries(kv_cache, cache_dtype),
         )
 
     def infer(
@@ -161,14 +164,14 @@ class Model:
         prompts: Iterable[str | Sequence[int]],
         *,
         max_tokens: int = DEFAULT_TOKENS,
-        rows: int = 8,
+        rows: int | None = None,
         temperature: float | int = 0.8,
         top_k: int | None = None,
         top_p: float | int = 1.0,
         min_p: float | int = 0.0,
         repetition_penalty: float | int = 1.0,
         seed: int = 0,
-        kv_cache: CacheKind = "float",
+        kv_cache: CacheKind | None = None,
         cache_dtype: Any = jnp.float16,
         activations: Activations | None = None,
         replicas: Sequence[Executor] = (),
@@ -176,12 +179,16 @@ class Model:
         """Continue many prompts, `rows` at a time; texts come in the order of the prompts, which may be without end.
 
         Args:
+          rows: None for the plan's batch, if there is a plan, else 8.
           seed: prompt number i draws as it does alone with seed + i.
           replicas: executors of the same model on other devices, which share the prompts with this one.
 
         Raises:
-          QjaxError: see `stream`; names the prompt's number.
+          QjaxError: more rows than the plan has room for, or see `stream`; names the prompt's number.
         """
+        if self.placing is not None and (rows or 1) > (most := self.placing.plan.batch):
+            raise QjaxError(f"expected at most {most} rows, the plan's batch, got {rows}: plan for a larger batch")
+        rows = rows or (DEFAULT_ROWS if self.placing is None else self.placing.plan.batch)
         sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
@@ -193,9 +200,17 @@ class Model:
             rows=rows,
             sampler=sampler,
             seed=seed,
-            cache_dtype=_entries(kv_cache, cache_dtype),
+            cache_dtype=self._entries(kv_cache, cache_dtype),
         )
         return (Text(self.tokenizer.decode(one.ids, continuing=True), one.ids, one.stopped) for one in found)
+
+    def _entries(self, kv_cache: CacheKind | None, cache_dtype: Any) -> Any:
+        """The dtype that an executor's cache is made with."""
+        if kv_cache is None:
+            kv_cache = "float" if self.placing is None else self.placing.plan.cache
+        if kv_cache not in get_args(CacheKind):
+            raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
+        return jnp.int8 if kv_cache == "int8" else cache_dtype
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
         """The text of `stream`, piece by piece; the same options."""
@@ -204,13 +219,6 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages by the model's own chat template."""
         return self.generate(encode_chat(self.tokenizer, messages), **options)
-
-
-def _entries(kv_cache: CacheKind, cache_dtype: Any) -> Any:
-    """The dtype that an executor's cache is made with."""
-    if kv_cache not in get_args(CacheKind):
-        raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
-    return jnp.int8 if kv_cache == "int8" else cache_dtype
 
 
 def read_tokenizer(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
@@ -273,11 +281,19 @@ def _by_recipe(
     return made.params, model.config
 
 
-def _placing(plan: Plan | str | Path, file: Source) -> Placing:
+def _placing(known: Plan, file: Source, quantize: str | Make | recipes.Recipe | None) -> Placing:
     """The plan to be carried out, if the model has room by it: nothing is loaded to find out."""
-    config = checked_config(file)
-    known = plan if isinstance(plan, Plan) else read_plan(plan, config.layers)
-    return Placing(check_plan(known, file), config, "output.weight" not in file.tensors)
+    known = dataclasses.replace(known, type=quantize if isinstance(quantize, str) else None)
+    if isinstance(quantize, recipes.Recipe):
+        check_plan(known, file, packed=quantize.nbytes(file))
+    elif quantize is None or isinstance(quantize, str):
+        check_plan(known, file)
+    else:
+        text = (
+            f"{file.path}: what a function makes is not known before: whether the plan has room for it is not checked"
+        )
+        warnings.warn(text, QjaxWarning, stacklevel=3)
+    return Placing(known, checked_config(file), "output.weight" not in file.tensors)
 
 
 def load(
@@ -304,12 +320,19 @@ def load(
       calibration: what a recipe looks at: a text file, "wikitext-2", token ids, or a `Calibration` with how much of it.
       place: `place(name, array) -> array` puts each array where it shall live.
       plan: which layers live on which devices, in place of `place`; a plan or its file, as `qjax plan -o` writes it.
-        Where JAX runs in several processes each loads the stage of its number.
+        Float matrices get the plan's type unless `quantize` says another; the plan's context, batch and cache hold for
+        the model. Where JAX runs in several processes each loads the stage of its number.
       progress: told each tensor's name, or of a recipe each block's number, once it is loaded.
 
     Raises:
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
+    path = locate(model)
+    file = open_source(path)
+    known = None
+    if plan is not None:
+        known = plan if isinstance(plan, Plan) else read_plan(plan, checked_config(file).layers)
+        quantize = known.type if quantize is None else quantize
     make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
     if mix is not None and not rewrite.names_mix(mix):
         make, mix = quantizer(mix), None
@@ -319,11 +342,9 @@ def load(
         raise QjaxError("effort is for a mix such as quantize='q4_k_m'")
     if calibration is not None and not isinstance(make, recipes.Recipe):
         raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
-    path = locate(model)
-    file = open_source(path)
     placing, lay_out, wanted = None, kernels_layout, lambda name: True
-    if plan is not None:
-        placing = _placing(plan, file)
+    if known is not None:
+        placing = _placing(known, file, quantize)
         lay_out, place, wanted = placing.lay_out, placing.place, placing.wanted
     if isinstance(make, recipes.Recipe):
         given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)

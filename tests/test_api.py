@@ -332,7 +332,7 @@ def test_a_wrong_number_is_told_before_anything_runs(f16: Path) -> None:
     model = qjax.load(f16)
     with pytest.raises(QjaxError, match=r"expected top-p in \(0, 1\], got 2"):
         model.stream("a", top_p=2)
-    with pytest.raises(QjaxError, match="exceed the model's context of 128"):
+    with pytest.raises(QjaxError, match="exceed the context of 128"):
         list(model.generate("a", max_tokens=128))
 
 

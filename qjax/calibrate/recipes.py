@@ -7,8 +7,12 @@ The functions here are public under their capital names; each takes the options 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from qjax.arrays import Scheme, parse_scheme
 from qjax.arrays.scheme import CHANNEL
@@ -17,6 +21,7 @@ from qjax.errors import QjaxError
 from qjax.formats.gguf.arrays import FLOAT_TYPES
 from qjax.formats.rules import Rule, parse_rule, schemes_by
 from qjax.formats.source import Source
+from qjax.quantizers.rtn import rtn
 
 
 class _Where(NamedTuple):
@@ -52,6 +57,12 @@ class Recipe:
             if len(info.shape) == 2 and info.type in FLOAT_TYPES
         }
         return schemes_by(shapes, self.scheme, self.rules)  # pyright: ignore[reportArgumentType]
+
+    def nbytes(self, source: Source) -> dict[str, int]:
+        """Bytes of each of these matrices when it is packed, scales included."""
+        of = lambda shape, scheme: jax.eval_shape(partial(rtn, scheme=scheme), jax.ShapeDtypeStruct(shape, jnp.float32))
+        made = {name: of(source.tensors[name].shape, scheme) for name, scheme in self.schemes(source).items()}
+        return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(array)) for name, array in made.items()}
 
     def __str__(self) -> str:
         return " ".join([repr(self.method), str(self.scheme), *map(str, self.rules)])

@@ -122,11 +122,12 @@ def named(files: Sequence[str | Path]) -> str:
     return f"{files[0]} and {more} more" if more else str(files[0])
 
 
-def add_kv_cache(sub: argparse.ArgumentParser) -> None:
-    """What keys and values are kept as."""
+def add_kv_cache(sub: argparse.ArgumentParser, *, of_plan: bool = False) -> None:
+    """What keys and values are kept as; of_plan: left open, a plan may say it."""
     sub.add_argument(
         "--kv-cache",
         choices=("float", "int8"),
-        default="float",
-        help="int8 keeps keys and values in half the memory, with a scale for each head and token; default: float",
+        default=None if of_plan else "float",
+        help="int8 keeps keys and values in half the memory, with a scale for each head and token; default: float"
+        + (", or what the plan says" if of_plan else ""),
     )

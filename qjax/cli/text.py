@@ -19,11 +19,11 @@ def add(commands: Commands) -> None:
         "--prompts", metavar="JSONL", help='many prompts: a line {"prompt": "..."} or {"messages": [...]} each'
     )
     sub.add_argument("-o", "--output", metavar="JSONL", help="of --prompts: a line each, in order; resumes if killed")
-    sub.add_argument("--rows", type=positive, default=8, help="of --prompts: texts at a time; default: 8")
+    sub.add_argument("--rows", type=positive, help="of --prompts: texts at a time; default: 8, or the plan's batch")
     _add_sampling(sub)
     add_compute(sub)
     add_plan(sub)
-    add_kv_cache(sub)
+    add_kv_cache(sub, of_plan=True)
     add_json(sub)
 
     sub = commands.add(
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     _add_sampling(sub)
     add_compute(sub)
     add_plan(sub)
-    add_kv_cache(sub)
+    add_kv_cache(sub, of_plan=True)
 
     sub = commands.add(
         "tokenize", "Token ids of a text.", "qjax tokenize embedded --file README.md --json", _tokenize, compiles=False

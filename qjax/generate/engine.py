@@ -69,7 +69,7 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], max_tokens: int) ->
     if max_tokens > room:
         way_out = f"ask for at most {room} (max_tokens, -n {room}), or give a shorter prompt"
         raise QjaxError(
-            f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the model's context of {config.context}: "
+            f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the context of {config.context}: "
             + (way_out if room > 0 else "give a shorter prompt")
         )
     if any(not 0 <= token < config.vocab for token in prompt):

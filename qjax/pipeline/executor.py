@@ -75,9 +75,10 @@ class Executor(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """An `Executor` of stages on this process's devices, of any kinds."""
+    """An `Executor` of stages on devices of this process, of any kinds; groups: `microbatches`, None: one a device."""
 
     stages: tuple[Stage, ...]
+    groups: int | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -85,8 +86,7 @@ class Pipeline:
 
     @property
     def microbatches(self) -> int:
-        places = {str(stage.where) for stage in self.stages}
-        return len(places)
+        return self.groups or len({str(stage.where) for stage in self.stages})
 
     def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float16) -> tuple[KVCache, ...]:
         return tuple(stage.init_cache(batch, slots, dtype) for stage in self.stages)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
 from qjax.errors import QjaxError
@@ -78,14 +78,19 @@ def make_plan(
     return found
 
 
-def check_plan(plan: Plan, model: Source | ModelConfig, *, name: str | None = None) -> Plan:
+def check_plan(
+    plan: Plan, model: Source | ModelConfig, *, name: str | None = None, packed: Mapping[str, int] | None = None
+) -> Plan:
     """The plan itself if it has room.
+
+    Args:
+      packed: see `model_sizes`.
 
     Raises:
       InfeasibleError: it has not; says what lacks and what would have room with these stages.
       QjaxError: the model has other layers.
     """
-    sizes = model_sizes(model, plan.type, name=name)
+    sizes = model_sizes(model, plan.type, name=name, packed=packed)
     checked_context(sizes.config, plan.context)
     if lacking(plan, sizes):
         raise _infeasible(plan, model, sizes, lambda costs: (plan.stages, costs.microbatches))

@@ -114,8 +114,13 @@ class Placing:
         return cut(key, array, where, self.config, part_layout)
 
     def executor(self, params: Params, activations: Activations | None = None) -> Executor:
-        """The executor of params that were loaded by this; `activations` None for each device's default."""
+        """The executor of params that were loaded by this, for no more context than the plan has room for.
+
+        `activations` None for the plan's, or each device's default.
+        """
         stages, last = [], len(self.where) - 1
+        config = dataclasses.replace(self.config, context=min(self.config.context, self.plan.context))
+        groups = self.plan.microbatches if self.plan.microbatches > 1 else None
         for k, (planned, where) in enumerate(zip(self.plan.stages, self.where, strict=True)):
             if not self._mine(k):
                 continue
@@ -131,10 +136,10 @@ class Placing:
                 else:
                     mine["token_embd"] = params["token_embd"] if self._copy is None else self._copy
             chosen = activations or self.plan.activations or default_activations(platform_of(where))
-            stages.append(Stage(mine, self.config, where, (k == 0, k == last), chosen))
+            stages.append(Stage(mine, config, where, (k == 0, k == last), chosen))
         if self._processes > 1:
-            return ProcessPipeline(stages[0], jax.process_index(), self._processes)
-        return Pipeline(tuple(stages))
+            return ProcessPipeline(stages[0], jax.process_index(), self._processes, groups)
+        return Pipeline(tuple(stages), groups)
 
 
 def _key(name: str) -> str:

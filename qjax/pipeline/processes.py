@@ -53,11 +53,12 @@ class ProcessPipeline:
 
     Args:
       stage: this process's.
-      process, processes: its number and how many there are.
+      process, processes: its number and how many there are. groups: `microbatches`, None for one a process.
     """
 
-    def __init__(self, stage: Stage, process: int, processes: int) -> None:
+    def __init__(self, stage: Stage, process: int, processes: int, groups: int | None = None) -> None:
         self._stage, self._me, self._all = stage, process, processes
+        self._groups = groups or processes
         first = {device.process_index: device for device in reversed(jax.devices(stage.platform))}
         self._mesh = Mesh(np.array([first[i] for i in range(processes)]), (STAGE,))
         self._here = first[process]
@@ -71,7 +72,7 @@ class ProcessPipeline:
 
     @property
     def microbatches(self) -> int:
-        return self._all
+        return self._groups
 
     def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float16) -> "Held":
         self._rows = max(self._rows, batch)

@@ -102,7 +102,12 @@ class ModelSizes:
 
 
 def model_sizes(
-    model: Source | ModelConfig, type: str | None = None, *, name: str | None = None, anew: bool = False
+    model: Source | ModelConfig,
+    type: str | None = None,
+    *,
+    name: str | None = None,
+    anew: bool = False,
+    packed: Mapping[str, int] | None = None,
 ) -> ModelSizes:
     """Sizes of an open file or folder, or of a model of which there is a config alone (float16, embeddings not tied).
 
@@ -110,6 +115,7 @@ def model_sizes(
       type: a plain type or a mix that float matrices are quantized to while they are loaded.
       name: of the model, for people.
       anew: as if all matrices were floats: the sizes of another file of the model.
+      packed: bytes of matrices that are packed in some other way while they are loaded.
 
     Raises:
       QjaxError: an unknown type, or one for a model without float matrices; see `checked_config`.
@@ -136,6 +142,7 @@ def model_sizes(
             raise QjaxError(f"{name or 'the model'}: every matrix is quantized already; leave the type out")
         wanted = wanted_types({key: shape for key, (shape, _, _) in given.items()}, traits, type)
         given |= {key: (given[key][0], wanted[key], None) for key in floats if key in wanted}
+    given |= {key: (*given[key][:2], nbytes) for key, nbytes in (packed or {}).items()}
     tied = "output.weight" not in given
     label = name or (config.arch if isinstance(model, ModelConfig) else str(model.path))
     return ModelSizes(label, config, _units(given, config, tied), tied, type, quantized)

@@ -115,9 +115,9 @@ def test_a_repetition_penalty_sees_prompt_and_answer(made: Any) -> None:
 def test_the_context_may_be_filled_and_not_more(made: Any) -> None:
     prompt = prompt_of(made.config.context - 3)
     assert len(texts(made, [prompt], 3)[0]) == 3
-    with pytest.raises(QjaxError, match=r"637 .* 4 new ones exceed the model's context of 640: .* at most 3 .*-n 3"):
+    with pytest.raises(QjaxError, match=r"637 .* 4 new ones exceed the context of 640: .* at most 3 .*-n 3"):
         texts(made, [prompt, [1]], 4)
-    with pytest.raises(QjaxError, match="exceed the model's context of 640: give a shorter prompt"):
+    with pytest.raises(QjaxError, match="exceed the context of 640: give a shorter prompt"):
         texts(made, [prompt_of(made.config.context)], 1)
 
 
