@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qjax.cli.arguments import MODEL_HELP, Commands, add_compute, add_json, add_kv_cache, natural, positive
+from qjax.cli.arguments import MODEL_HELP, Commands, add_compute, add_json, add_kv_cache, add_plan, natural, positive
 from qjax.errors import QjaxError
 
 WEIGHTS_ALONE = "of x in each product; default: float, which measures the weights alone"
@@ -74,6 +74,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--save", metavar="FILE", help="write the made-up model as GGUF, and measure nothing")
     sub.add_argument("--kernels", action="store_true", help="say which kernel each tensor takes, and measure nothing")
     add_compute(sub)
+    add_plan(sub)
     add_kv_cache(sub)
     add_json(sub)
 
@@ -157,6 +158,8 @@ def _bench(args: argparse.Namespace) -> None:
         raise QjaxError("--type is for made-up weights: give --shape, or open the file with --quantize")
     if args.shape is not None and args.quantize is not None:
         raise QjaxError("--quantize is for a file: made-up weights have the type that --type names")
+    if args.plan is not None and (args.shape is not None or args.kernels):
+        raise QjaxError("--plan is for the speed of a file: make one with --save, or leave --plan out")
     type_name = args.type or "q4_0"
     if args.save is not None:
         if args.shape is None:
@@ -185,6 +188,7 @@ def _bench(args: argparse.Namespace) -> None:
         threads=args.threads,
         activations=args.activations,
         kv_cache=args.kv_cache,
+        plan=args.plan,
     )
     if args.json:
         emit_json(result)

@@ -1,5 +1,6 @@
 """Speed and memory of a model, as llama-bench shows them."""
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -12,18 +13,25 @@ from qjax import api
 from qjax.evaluate.shapes import shape_of
 from qjax.evaluate.speed import measure, peak_bytes
 from qjax.evaluate.synthetic import save_synthetic, synthetic_params
+from qjax.formats.source import open_source
 from qjax.kernels import default_activations, describe, native, select
 from qjax.models.load import gguf_tensors
-from qjax.runs.console import megabytes, progress_bar, show_table
+from qjax.models.slots import slots_for
+from qjax.pipeline import Plan
+from qjax.pipeline.report import report
+from qjax.pipeline.sizes import model_sizes
+from qjax.runs.console import emit, megabytes, progress_bar, show_table
 from qjax.runs.texts import open_model
 
 # Rows of x that stand for a prompt.
 MANY = 512
 
 
-def _open(model: str | None, shape: str | None, type_name: str, quantize: str | None) -> tuple[str, api.Model]:
+def _open(
+    model: str | None, shape: str | None, type_name: str, quantize: str | None, plan: str | None = None
+) -> tuple[str, api.Model]:
     if model is not None:
-        opened = open_model(model, quantize=quantize)
+        opened = open_model(model, quantize=quantize, plan=plan)
         return str(opened.config.arch), opened
     assert shape is not None
     config = shape_of(shape).config
@@ -44,11 +52,16 @@ def bench(
     threads: int | None = None,
     activations: Any = None,
     kv_cache: Any = "float",
+    plan: str | None = None,
 ) -> dict[str, Any]:
-    """Prompt and generation speed of a file, or of made-up weights of a known shape."""
+    """Prompt and generation speed of a file, or of made-up weights of a known shape.
+
+    Args:
+      plan: which layers live on which devices; what it predicts for these steps of decoding stands beside the speed.
+    """
     activations = activations or default_activations()
     start = time.perf_counter()
-    name, opened = _open(model, shape, type_name, quantize)
+    name, opened = _open(model, shape, type_name, quantize, plan)
     jax.block_until_ready(opened.params)
     load_seconds = time.perf_counter() - start
     with progress_bar("measuring") as advance:
@@ -61,6 +74,7 @@ def bench(
             progress=lambda test, done, total: advance(done, total, test),
         )
     size = opened.memory
+    predicted = None if opened.placing is None or not tg else _predicted(opened, opened.placing.plan, tg, kv_cache)
     return {
         "model": name,
         "bytes": size.nbytes,
@@ -71,9 +85,16 @@ def bench(
         "activations": activations,
         "kv_cache": kv_cache,
         "rows": [row._asdict() for row in rows],
+        "predicted": predicted,
         "load_seconds": load_seconds,
         "peak_bytes": peak_bytes(),
     }
+
+
+def _predicted(model: api.Model, plan: Plan, tokens: int, kv_cache: Any) -> float:
+    """Tokens a second of one text that a plan expects, while its cache has room for so many tokens and no more."""
+    alone = dataclasses.replace(plan, batch=1, microbatches=1, context=slots_for(1, tokens), cache=kv_cache)
+    return report(alone, model_sizes(open_source(model.source), plan.type)).tokens_per_second
 
 
 def kernels(
@@ -124,5 +145,7 @@ def show(result: dict[str, Any]) -> None:
     )
     rows = [(*lead, row["test"], f"{row['tokens_per_second']:.2f} ± {row['std']:.2f}") for row in result["rows"]]
     show_table("", ["model", "size", "params", "backend", "test", "t/s"], rows)
+    if result["predicted"] is not None:
+        emit(f"decode: {result['predicted']:.2f} tokens/s predicted by the plan\n")
     facts = f"loaded in {result['load_seconds']:.1f} s, peak memory {megabytes(result['peak_bytes'])}"
     show_table("", ["memory"], [(facts,)])

@@ -81,6 +81,17 @@ def test_options_that_make_no_plan(run: Any, model: Path, options: list[str], wo
     assert refused.err.count("\n") == 1
 
 
+def test_a_prediction_stands_beside_the_speed(run: Any, run_json: Any, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    run_json("plan", model, "--devices", "cpu:0=1GiB@1GB/s,cpu:1=1GiB@1GB/s", "--mode", "1:1", "-o", path)
+    found = run_json("bench", model, "--plan", path, "--pp", 0, "--tg", 4, "--repeat", 1)
+    assert found["predicted"] > 0
+    assert run_json("bench", model, "--pp", 0, "--tg", 4, "--repeat", 1)["predicted"] is None
+    refused = run("bench", "--shape", "tinyllama-1.1b", "--plan", path)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--plan is for the speed of a file" in refused.err
+
+
 def test_devices_here_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QJAX_CACHE", str(tmp_path))
     times = []
