@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from qjax.arrays import QuantizedArray, Scheme
-from qjax.calibrate.blocks import Block, Hidden, Line, Method, Weights, begin_blocks
+from qjax.calibrate.blocks import Block, Hidden, Line, Made, Method, Weights, begin_blocks
 from qjax.calibrate.checkpoints import Checkpoints
 from qjax.calibrate.methods.rtn import RTN
 from qjax.errors import QjaxError
@@ -173,34 +173,37 @@ class _Blocks:
         for name in [name for name in schemes if isinstance(floats.get(name), QuantizedArray)]:
             warn_kept(f"blk.{i}.{name}.weight", f"{floats[name].bits_per_weight:.3g}-bit")
             del schemes[name]
-        block = Block(i, floats, schemes, config, self.rope, self.hidden, self.float_hidden, self.batch)
-        if found is None:
+        block = Block(i, floats, schemes, config, self.rope, self.hidden, self.float_hidden, self.batch, last)
+        made = Made(dict(floats), []) if found is None else Made(*found)
+        if found is None and schemes:
             for name in schemes:
                 _check_finite(block.name_of(name), floats[name])
-            found = _run(self.method, block) if schemes else (dict(floats), [])
+            made = _run(self.method, block)
         if not last:
-            self._advance(block, found[0], self.hidden)
+            self.hidden = _behind(block, made.weights, self.hidden, made.outputs)
             if self.float_hidden is not None:
-                self._advance(block, floats, self.float_hidden)
-        return found
+                self.float_hidden = _behind(block, floats, self.float_hidden, made.float_outputs)
+        return made.weights, made.lines
 
-    def _advance(self, block: Block, weights: Weights, hidden: Hidden) -> None:
-        """In place: there may be no room for two of them."""
-        for start in range(0, len(hidden), self.batch):
-            part = hidden[start : start + self.batch]
-            part[...] = np.asarray(block.run(weights, jnp.array(part))[0])
-        if not np.isfinite(hidden[:, -1]).all():
-            raise QjaxError(f"hidden states behind block {block.index} are not finite: its weights are damaged")
+
+def _behind(block: Block, weights: Weights, hidden: Hidden, known: Hidden | None) -> Hidden:
+    """What comes out of a block, in place of what went in unless it is known: there may be no room for two of them."""
+    if known is None:
+        block.advance(weights, hidden, hidden)
+        known = hidden
+    if not np.isfinite(known[:, -1]).all():
+        raise QjaxError(f"hidden states behind block {block.index} are not finite: its weights are damaged")
+    return known
 
 
 def _on_device(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def _run(method: Method, block: Block) -> tuple[Weights, list[Line]]:
+def _run(method: Method, block: Block) -> Made:
     """What the method makes, with GGUF's names in the lines."""
-    weights, lines = method(block)
-    return weights, [line._replace(name=block.name_of(line.name)) for line in lines]
+    made = method(block)
+    return made._replace(lines=[line._replace(name=block.name_of(line.name)) for line in made.lines])
 
 
 def _check_finite(name: str, w: Any) -> None:
@@ -227,6 +230,6 @@ def _rounded_ends(model: FloatModel, schemes: Mapping[str, Scheme]) -> tuple[dic
             continue
         alone = Block(-1, {key: jnp.asarray(ends[key])}, {key: schemes[name]}, model.config, None, _NO_HIDDEN)
         _check_finite(name, alone.weights[key])
-        weights, [line] = RTN()(alone)
-        ends[key], lines = weights[key], [*lines, line._replace(name=name)]
+        made = RTN()(alone)
+        ends[key], lines = made.weights[key], [*lines, made.lines[0]._replace(name=name)]
     return ends, lines

@@ -43,7 +43,7 @@ Tap = Callable[[tuple[str, ...], Any], Any]
 Tapped = dict[tuple[str, ...], Any]
 
 
-def _project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
+def project(x: Hidden, p: Params, names: tuple[str, ...], activations: Activations) -> list[Any]:
     """Products of x with the weights of these names, each with its bias if it has one."""
     return with_biases(qmatmuls(x, [p[name] for name in names], activations=activations), p, names)
 
@@ -69,7 +69,7 @@ def _store(cache: Any, new: Float[Array, "batch seq kv_heads dim"], positions: P
     return jax.tree.map(write, cache, stored_as(new, cache))
 
 
-def layer_body(
+def attention(
     p: Params,
     x: Hidden,
     angles: Angles,
@@ -79,11 +79,7 @@ def layer_body(
     config: ModelConfig,
     products: Callable[..., list[Any]],
 ) -> tuple[Hidden, LayerCache]:
-    """One decoder layer: attention and SwiGLU, each on a normed input, each added to x.
-
-    `products(x, *names)` gives the products of x with the weights of these names. Of a layer that is cut over devices
-    this is one device's part, and `config` has its heads.
-    """
+    """The first half of `layer_body`."""
     batch, seq, _ = x.shape
     h = rms_norm(x, p["attn_norm"], config.norm_eps)
     q, k, v = products(h, "attn_q", "attn_k", "attn_v")
@@ -99,10 +95,33 @@ def layer_body(
         keys, values = _store(cache[0], k, positions), _store(cache[1], v, positions)
         cache = (keys, values)
     a = attend(q, keys, values, positions, config.window).reshape(batch, seq, config.heads * config.head_dim)
-    x = x + products(a, "attn_output")[0]
+    return x + products(a, "attn_output")[0], cache
+
+
+def feed_forward(p: Params, x: Hidden, *, config: ModelConfig, products: Callable[..., list[Any]]) -> Hidden:
+    """The second half of `layer_body`."""
     h = rms_norm(x, p["ffn_norm"], config.norm_eps)
     gate, up = products(h, "ffn_gate", "ffn_up")
-    return x + products(swiglu(gate, up), "ffn_down")[0], cache
+    return x + products(swiglu(gate, up), "ffn_down")[0]
+
+
+def layer_body(
+    p: Params,
+    x: Hidden,
+    angles: Angles,
+    positions: Positions,
+    cache: LayerCache,
+    *,
+    config: ModelConfig,
+    products: Callable[..., list[Any]],
+) -> tuple[Hidden, LayerCache]:
+    """One decoder layer: attention and SwiGLU, each on a normed input, each added to x.
+
+    `products(x, *names)` gives the products of x with the weights of these names. Of a layer that is cut over devices
+    this is one device's part, and `config` has its heads.
+    """
+    x, cache = attention(p, x, angles, positions, cache, config=config, products=products)
+    return feed_forward(p, x, config=config, products=products), cache
 
 
 @partial(jax.jit, static_argnames=("config", "activations", "tap"), donate_argnames=("cache",))
@@ -127,7 +146,7 @@ def layer(
     def products(x: Hidden, *names: str) -> list[Any]:
         if tap is not None:
             tapped[names] = tap(names, x)
-        return _project(x, p, names, activations)
+        return project(x, p, names, activations)
 
     return *layer_body(p, x, angles, positions, cache, config=config, products=products), tapped
 

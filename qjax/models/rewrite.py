@@ -21,7 +21,7 @@ from qjax.formats.gguf.types import GGML_TYPES
 from qjax.formats.gguf.writer import TensorToWrite, write_gguf
 from qjax.formats.pieces import Resume, fingerprint
 from qjax.formats.source import Source
-from qjax.models.exact import kept_bytes, kept_types
+from qjax.models.exact import kept_bytes, kept_types, rounds_inputs, warn_unrounded
 from qjax.models.load import checked_config, read_array, warn_kept
 from qjax.quantizers.ggml import TYPES as ENCODED
 from qjax.quantizers.ggml import Effort, encode
@@ -191,12 +191,14 @@ def rewrite(
         # No converter has looked at it before.
         checked_config(source)
     done: list[str] = []
+    unrounded: list[str] = []
 
     def made(tensor: Planned) -> np.ndarray:
         for name in done:
             source.release(name)
         done[:] = [tensor.name]
-        data = _bytes(source, tensor, importances.get(tensor.name), effort)
+        data, unrounds = _bytes(source, tensor, importances.get(tensor.name), effort)
+        unrounded.extend([tensor.name] if unrounds else [])
         progress(tensor.name)
         return data
 
@@ -211,7 +213,7 @@ def rewrite(
     for name, column in importances.items():
         importance.update(name.encode("utf-8", "surrogatepass") + np.ascontiguousarray(column).tobytes())
     facts = (__version__, [tensor.source for tensor in tensors], importance.hexdigest(), effort)
-    return write_gguf(
+    files = write_gguf(
         target,
         metadata,
         writes,
@@ -219,20 +221,25 @@ def rewrite(
         split_max_bytes=output.split_max_bytes,
         resume=Resume(fingerprint(source.files, *facts), output.fresh, resumed),
     )
+    warn_unrounded(source.path, unrounded)
+    return files
 
 
-def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort) -> np.ndarray:
+def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, bool]:
+    """The tensor's bytes, and whether a rounding of activations is newly left out (`kept_types` told of others)."""
     if tensor.target == tensor.source:
-        return source.raw(tensor.name)
+        return source.raw(tensor.name), False
     if tensor.name in source.found and (kept := kept_bytes(source, tensor.name, tensor.target)) is not None:
-        return kept
+        return kept, False
+    unrounds = False
     if tensor.source in FLOAT_TYPES:
         w = source.raw(tensor.name).view(FLOAT_TYPES[tensor.source])
     else:
         packed = read_array(source, tensor.name, apply_scale=False)
+        unrounds = rounds_inputs(packed)
         w = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     check_finite(tensor.name, w)
-    return encoded(tensor.target, w, importance, effort)
+    return encoded(tensor.target, w, importance, effort), unrounds
 
 
 def encoded(kind: str, w: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "normal") -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.arrays import parse_scheme
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Line, Made
 from qjax.evaluate.shapes import Shape, llama
 from qjax.evaluate.synthetic import save_synthetic
 from qjax.quantizers.rtn import rtn
@@ -31,7 +31,7 @@ class Looking:
     needs_inputs: bool = True
     needs_float: bool = True
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+    def __call__(self, block: Block) -> Made:
         weights, lines = dict(block.weights), []
         assert block.float_inputs is not None
         seen = float(np.abs(block.inputs).mean() + np.square(block.inputs - block.float_inputs).mean())
@@ -41,4 +41,4 @@ class Looking:
             lines.append(Line(block.index, name, str(scheme), seen, None, 0.0))
         # Norms may be other ones, too.
         weights["ffn_norm"] = weights["ffn_norm"] * jnp.float32(1 + self.by)
-        return weights, lines
+        return Made(weights, lines)

@@ -13,14 +13,14 @@ from looking import CONFIG, TOKENS, W4, Looking, save_tiny
 
 import qjax
 from qjax.arrays import AffineArray, QuantizedArray, Scheme, parse_scheme
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Made
 from qjax.calibrate.checkpoints import open_checkpoints
 from qjax.calibrate.driver import FloatModel, Quantized, model_in, model_of, quantize_blocks
 from qjax.calibrate.methods.rtn import RTN
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats.gguf import open_gguf
 from qjax.formats.rules import parse_rule, schemes_by
-from qjax.models.forward import begin, layer
+from qjax.models.forward import begin
 from qjax.models.load import MATRICES, NORMS, expected_shapes
 from qjax.quantizers.rtn import rtn
 
@@ -52,7 +52,7 @@ def by_hand(params: dict[str, Any], config: Any, of: dict[str, Scheme], tokens: 
     method, layers = Looking(), []
     hidden = []
     for i in range(0, len(tokens), batch):
-        x, angles, positions = begin(params, jnp.asarray(tokens[i : i + batch]), jnp.zeros(batch, jnp.int32))
+        x = begin(params, jnp.asarray(tokens[i : i + batch]), jnp.zeros(batch, jnp.int32))[0]
         hidden.append(np.asarray(x))
     exact = list(hidden)
     for i, p in enumerate(params["layers"]):
@@ -60,8 +60,8 @@ def by_hand(params: dict[str, Any], config: Any, of: dict[str, Scheme], tokens: 
         block = Block(i, p, mine, config, params["rope"], np.concatenate(hidden), np.concatenate(exact), batch)
         made = method(block)[0] if mine else p
         layers.append(made)
-        hidden = [np.asarray(layer(made, jnp.asarray(x), angles, positions, None, config=config)[0]) for x in hidden]
-        exact = [np.asarray(layer(p, jnp.asarray(x), angles, positions, None, config=config)[0]) for x in exact]
+        hidden = [block.outputs(made, x) for x in hidden]
+        exact = [block.outputs(p, x) for x in exact]
     return layers
 
 
@@ -152,9 +152,9 @@ def test_a_rounded_embedding_is_what_blocks_are_shown(floats: FloatModel) -> Non
 
     @dataclasses.dataclass(frozen=True)
     class Seeing(Looking):
-        def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+        def __call__(self, block: Block) -> Made:
             seen.append(dataclasses.replace(block, inputs=block.inputs.copy(), float_inputs=block.float_inputs.copy()))
-            return dict(block.weights), []
+            return Made(dict(block.weights), [])
 
     made = quantize_blocks(floats, Seeing(), schemes("embed=w2g32"), TOKENS[:1])
     rows = np.asarray(made.params["token_embd"].dequantize())[TOKENS[:1]]

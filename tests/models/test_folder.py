@@ -182,6 +182,7 @@ def test_gguf_leaves_the_rounding_of_activations_out_and_says_so_once(write_mode
     folder = qjax.save(given, tmp_path / "w8a8", "qjax")
     for path, write in (
         (folder, lambda: qjax.convert(folder, tmp_path / "converted.gguf")),
+        (folder, lambda: qjax.convert(folder, tmp_path / "floats.gguf", quantize="f16")),
         (tmp_path / "saved.gguf", lambda: qjax.save(qjax.load(folder), tmp_path / "saved.gguf")),
     ):
         with warnings.catch_warnings(record=True) as caught:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Made
 from qjax.calibrate.methods.pairs import PAIRS, Pair
 from qjax.calibrate.methods.scaling import Scaled, block_sums, pack_scaled, sample, scale
 from qjax.errors import QjaxError
@@ -42,7 +42,7 @@ class AWQ:
         if not 0 <= self.max_shrink < 1:
             raise QjaxError(f"expected ranges to shrink by 0 to less than 1, got {self.max_shrink}")
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+    def __call__(self, block: Block) -> Made:
         sums = block_sums(block)
         shares = range_shares(self.n_grid, self.max_shrink) if self.clip else ()
 

@@ -3,29 +3,33 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.arrays import QuantizedArray, Scheme
 from qjax.arrays.scheme import TENSOR
-from qjax.calibrate.blocks import Block, Line, Weights, run_block
+from qjax.calibrate.blocks import HALVES, Block, Half, Line, Made, Weights
 from qjax.calibrate.methods.packed import lost, with_activations
 from qjax.errors import QjaxError
-from qjax.kernels import qmatmul
-from qjax.models import ModelConfig
+from qjax.kernels import rms_norm
 from qjax.quantizers import hessian
 from qjax.quantizers.asymmetric import compensated, trusted_share
 from qjax.quantizers.gptq import gptq
 from qjax.quantizers.hessian import Moments
 
-# Matrices that share an input, in the order of the computation; and those whose products the residual stream is given.
-STEPS = (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",))
-_TO_STREAM = ("attn_output", "ffn_down")
+# Matrices that share an input, in the order of the computation: of each half the first ones are given the normed
+# residual stream, and the products of the last one are added to it.
+STEPS: dict[Half, tuple[tuple[str, ...], ...]] = {
+    "attn": (("attn_q", "attn_k", "attn_v"), ("attn_output",)),
+    "ffn": (("ffn_gate", "ffn_up"), ("ffn_down",)),
+}
+_TO_STREAM = tuple(names[0] for _, names in STEPS.values())
+_Rounded = tuple[QuantizedArray, Line]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,28 +65,36 @@ class GPTQ:
     def needs_float(self) -> bool:
         return self.asymmetric
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+    def __call__(self, block: Block) -> Made:
+        walk = _Walk(block, self.asymmetric)
         weights, lines = dict(block.weights), []
-        for step in STEPS:
-            names = [name for name in step if name in block.schemes]
-            if not names:
-                continue
-            start = time.perf_counter()
-            before = weights if self.true_sequential else block.weights
-            moments = _moments(block, before, step[0], self.asymmetric)
-            found = hessian.finish(moments, block.name_of(names[0]))
-            share = trusted_share(found[0].shape[0], int(moments.count))
-            for together in _alike(names, block.schemes):
-                made = self._rounded(block, together, *found, share)
-                weights |= {name: array for name, (array, _) in made.items()}
-                lines += [line for _, line in made.values()]
-            seconds = (time.perf_counter() - start) / len(names)
-            lines[-len(names) :] = [line._replace(seconds=seconds) for line in lines[-len(names) :]]
-        return weights, lines
+        for half in HALVES:
+            seen = weights if self.true_sequential else block.weights
+            for names, moments in zip(STEPS[half], (walk.entering, walk.leaving), strict=True):
+                wanted = [name for name in names if name in block.schemes]
+                if wanted:
+                    made = self._step(block, wanted, partial(moments, half, seen))
+                    weights |= {name: array for name, (array, _) in made.items()}
+                    lines += [line for _, line in made.values()]
+                    seen = weights if self.true_sequential else block.weights
+            walk.past(half, seen)
+        known = self.true_sequential and not block.last
+        return Made(weights, lines, walk.stream if known else None, walk.true)
 
-    def _rounded(
-        self, block: Block, names: list[str], H: Any, cross: Any, share: float
-    ) -> dict[str, tuple[QuantizedArray, Line]]:
+    def _step(self, block: Block, names: list[str], moments: Callable[[], Moments | None]) -> dict[str, _Rounded]:
+        """Matrices of the same input rounded."""
+        start, made = time.perf_counter(), {}
+        found = moments()
+        if found is None:
+            raise QjaxError(f"{block.name_of(names[0])}: no calibration tokens: GPTQ needs some")
+        means = hessian.finish(found, block.name_of(names[0]))
+        share = trusted_share(means[0].shape[0], int(found.count))
+        for together in _alike(names, block.schemes):
+            made |= self._rounded(block, together, *means, share)
+        seconds = (time.perf_counter() - start) / len(names)
+        return {name: (array, line._replace(seconds=seconds)) for name, (array, line) in made.items()}
+
+    def _rounded(self, block: Block, names: list[str], H: Any, cross: Any, share: float) -> dict[str, _Rounded]:
         """Matrices of the same input and scheme, rounded as one: their rows do not know of each other."""
         scheme = block.schemes[names[0]]
         true = [jnp.asarray(block.weights[name]).astype(jnp.float32) for name in names]
@@ -121,30 +133,51 @@ def _alike(names: list[str], schemes: Mapping[str, Scheme]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _moments(block: Block, weights: Weights, name: str, asymmetric: bool) -> Moments:
-    """Of the input of a matrix in a block of these weights; with what it, or the stream behind it, lacks by then."""
-    look = partial(_looked_up, rope=block.rope, config=block.config, name=name)
-    moments = None
-    others = block.batches(block.float_inputs) if asymmetric and block.float_inputs is not None else repeat(None)
-    for x, true in zip(block.batches(block.inputs), others, strict=False):
-        inputs, stream = look(weights, x)
-        lack = None
-        if true is not None:
-            true_inputs, true_stream = look(block.weights, true)
-            lack = true_stream - stream if name in _TO_STREAM else true_inputs - inputs
-        if moments is None:
-            moments = hessian.begin(inputs.shape[-1], None if lack is None else lack.shape[-1])
-        moments = hessian.add(moments, inputs, lack)
+class _Walk:
+    """The residual stream through a block, half by half: of the quantized model, and beside it of the float model."""
+
+    def __init__(self, block: Block, asymmetric: bool) -> None:
+        self.block, self.stream = block, block.inputs.copy()
+        self.true = block.float_inputs.copy() if asymmetric and block.float_inputs is not None else None
+        self._true_is_past = False
+
+    def entering(self, half: Half, weights: Weights) -> Moments | None:
+        """Of what the half's first matrices are given, and of what it lacks of the float model's."""
+        normed = lambda x: _normed(x, weights[f"{half}_norm"], eps=self.block.config.norm_eps)
+        moments = None
+        for at in self.block.slices(self.stream):
+            x = normed(self.stream[at])
+            moments = _added(moments, x, None if self.true is None else normed(self.true[at]) - x)
+        return moments
+
+    def leaving(self, half: Half, weights: Weights) -> Moments | None:
+        """Of what the half's last matrix is given, and of what the stream behind it lacks of the float model's."""
+        moments = None
+        for at in self.block.slices(self.stream):
+            x, y = self.block.run_half(half, weights, jnp.asarray(self.stream[at]))
+            lack = None
+            if self.true is not None:
+                # Its own weights take it past the half already.
+                true = self.block.run_half(half, self.block.weights, jnp.array(self.true[at]))[1]
+                self.true[at] = np.asarray(true)
+                lack = true - y
+            moments = _added(moments, x, lack)
+        self._true_is_past = True
+        return moments
+
+    def past(self, half: Half, weights: Weights) -> None:
+        """On, behind these weights of a half."""
+        if not (self.block.last and half == HALVES[-1]):
+            self.block.advance(weights, self.stream, self.stream, (half,))
+        if self.true is not None and not self._true_is_past:
+            self.block.advance(self.block.weights, self.true, self.true, (half,))
+        self._true_is_past = False
+
+
+_normed = jax.jit(rms_norm, static_argnames="eps")
+
+
+def _added(moments: Moments | None, x: Any, lack: Any) -> Moments:
     if moments is None:
-        raise QjaxError(f"{block.name_of(name)}: no calibration tokens: GPTQ needs some")
-    return moments
-
-
-@partial(jax.jit, static_argnames=("config", "name"))
-def _looked_up(weights: Weights, x: Any, *, rope: Any, config: ModelConfig, name: str) -> tuple[Any, Any]:
-    """What a matrix is given, and the residual stream with its products; the compiler leaves out what is behind."""
-    y, tapped = run_block(weights, x, rope, config, lambda names, inputs: inputs if name in names else None)
-    inputs = next(inputs for inputs in tapped.values() if inputs is not None)
-    if name == "attn_output":
-        y = x + qmatmul(inputs, weights[name])
-    return inputs, y if name in _TO_STREAM else None
+        moments = hessian.begin(x.shape[-1], None if lack is None else lack.shape[-1])
+    return hessian.add(moments, x, lack)

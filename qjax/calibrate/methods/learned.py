@@ -13,7 +13,7 @@ import optax
 
 from qjax.arrays import Scheme, TransformedArray
 from qjax.arrays.transformed import on_inner
-from qjax.calibrate.blocks import Block, Hidden, Line, Method, Weights, run_block
+from qjax.calibrate.blocks import Block, Hidden, Made, Method, Weights, run_block
 from qjax.calibrate.methods.gptq import GPTQ
 from qjax.calibrate.methods.packed import lost
 from qjax.calibrate.methods.scaling import block_sums
@@ -62,14 +62,16 @@ class Learned:
         if not (self.grid_share >= 0 and 0 <= self.reach < 0.5):
             raise QjaxError(f"expected grid_share >= 0, 0 <= reach < 0.5, got {self.grid_share} and {self.reach}")
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        start, lines = self.start(block)
+    def __call__(self, block: Block) -> Made:
+        made = self.start(block)
         if not self.steps or not block.schemes:
-            return start, lines
+            return made
+        start, lines, _, target = made
         began = time.perf_counter()
         schemes = tuple(sorted(block.schemes.items()))
         given, offsets = _begin(block, start, schemes, self.reach)
-        target = block.outputs(block.weights, block.inputs if block.float_inputs is None else block.float_inputs)
+        if target is None:
+            target = block.outputs(block.weights, block.inputs if block.float_inputs is None else block.float_inputs)
         mean_loss = partial(_mean_loss, given=given, block=block, target=target, schemes=schemes)
         before = mean_loss(offsets)
         rate = optax.linear_schedule(
@@ -86,7 +88,8 @@ class Learned:
         seconds = (time.perf_counter() - began) / len(schemes)
         note = f"block's loss {before:.3g}, then {min(before, after):.3g}"
         errors = _errors(block, found)
-        return found, [line._replace(**errors[line.name], seconds=line.seconds + seconds, note=note) for line in lines]
+        lines = [line._replace(**errors[line.name], seconds=line.seconds + seconds, note=note) for line in lines]
+        return Made(found, lines, float_outputs=None if block.float_inputs is None else target)
 
 
 def _errors(block: Block, found: Weights) -> dict[str, dict[str, float]]:

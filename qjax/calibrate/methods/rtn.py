@@ -5,7 +5,7 @@ import time
 
 import jax.numpy as jnp
 
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Line, Made
 from qjax.calibrate.methods.packed import lost, with_activations
 from qjax.quantizers.rtn import rtn
 
@@ -24,7 +24,7 @@ class RTN:
     def needs_float(self) -> bool:
         return False
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+    def __call__(self, block: Block) -> Made:
         weights, lines = dict(block.weights), []
         for name, scheme in block.schemes.items():
             start = time.perf_counter()
@@ -33,4 +33,4 @@ class RTN:
             error = float(lost(array, w))
             weights[name] = with_activations(array, scheme)
             lines.append(Line(block.index, name, str(scheme), error, None, time.perf_counter() - start))
-        return weights, lines
+        return Made(weights, lines)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from qjax.arrays import TransformedArray
 from qjax.arrays.affine import AffineArray
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Line, Made, Weights
 from qjax.calibrate.methods.packed import lost, with_activations
 from qjax.calibrate.methods.pairs import PAIRS, Pair, fold, foldable, of_rows, ties
 from qjax.quantizers.input_sums import InputSums, both, input_sums, scaled
@@ -87,10 +87,8 @@ def scale(block: Block, sums: dict[tuple[str, ...], InputSums], find: Find, *, f
     return Scaled(weights, columns, kept, rows, notes, seconds)
 
 
-def pack_scaled(
-    block: Block, sums: dict[tuple[str, ...], InputSums], found: Scaled, pack: Pack
-) -> tuple[Weights, list[Line]]:
-    """The block's weights with packed matrices, and a line for each of these."""
+def pack_scaled(block: Block, sums: dict[tuple[str, ...], InputSums], found: Scaled, pack: Pack) -> Made:
+    """The block with packed matrices."""
     weights, lines = dict(found.weights), []
     for pair in PAIRS:
         for name in pair.names:
@@ -110,7 +108,7 @@ def pack_scaled(
             if name in found.kept:
                 packed = TransformedArray(packed, input_scale=found.kept[name])
             weights[name] = with_activations(packed, scheme)
-    return weights, lines
+    return Made(weights, lines)
 
 
 def _as_was(weight: Any, before: Any) -> Any:

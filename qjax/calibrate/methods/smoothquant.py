@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Made
 from qjax.calibrate.methods.pairs import Pair
 from qjax.calibrate.methods.scaling import block_sums, pack_scaled, sample, scale
 from qjax.errors import QjaxError
@@ -32,7 +32,7 @@ class SmoothQuant:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise QjaxError(f"expected an alpha from 0 to 1, got {self.alpha}")
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
+    def __call__(self, block: Block) -> Made:
         sums = block_sums(block)
         some = _sample(block) if self.alpha is None else {}
 

@@ -62,7 +62,7 @@ def test_each_step_takes_the_output_nearer_to_the_float_models(block: Block) -> 
 
 
 def test_lines_say_what_was_lost(block: Block) -> None:
-    (_, nearest), (weights, lines) = RTN()(block), GPTQ(asymmetric=False)(block)
+    (_, nearest, *_), (weights, lines, *_) = RTN()(block), GPTQ(asymmetric=False)(block)
     assert [line.name for line in lines] == list(MATRICES)
     for line, of_nearest in zip(lines, nearest, strict=True):
         w = np.asarray(block.weights[line.name])
@@ -83,7 +83,7 @@ def test_matrices_come_back_as_their_schemes_say(block: Block) -> None:
         "attn_v": Scheme(8, -1, activations="int8"),
         "ffn_up": Scheme(4, 16, symmetric=False),
     }
-    weights, lines = GPTQ(static_groups=False, mse=False)(dataclasses.replace(block, schemes=schemes))
+    weights, lines, *_ = GPTQ(static_groups=False, mse=False)(dataclasses.replace(block, schemes=schemes))
     assert [line.name for line in lines] == list(schemes)
     assert all(weights[name] is block.weights[name] for name in block.weights if name not in schemes)
     q, k, v, up = (weights[name] for name in schemes)
@@ -109,10 +109,29 @@ def test_later_inputs_go_through_the_quantized_matrices(block: Block) -> None:
         assert first == np.array_equal(sequential[name], at_once[name])
 
 
+@pytest.mark.parametrize("kept", [(), ("attn_output",), ("ffn_gate", "ffn_up", "ffn_down")], ids=str)
+def test_what_it_has_seen_come_out_is_the_blocks_output(block: Block, kept: tuple[str, ...]) -> None:
+    """Bit for bit: a run that goes on later computes it anew."""
+    given = dataclasses.replace(block, schemes={n: s for n, s in block.schemes.items() if n not in kept}, batch=5)
+    made = GPTQ()(given)
+    assert given.float_inputs is not None
+    np.testing.assert_array_equal(made.outputs, given.outputs(made.weights, given.inputs))
+    np.testing.assert_array_equal(made.float_outputs, given.outputs(given.weights, given.float_inputs))
+    np.testing.assert_array_equal(given.inputs, block.inputs)
+    for other in (GPTQ(true_sequential=False)(given), GPTQ()(dataclasses.replace(given, last=True))):
+        assert other.outputs is None
+        np.testing.assert_array_equal(other.float_outputs, made.float_outputs)
+
+
+def test_both_halves_are_the_layer(block: Block) -> None:
+    whole = np.concatenate([np.asarray(block.run(block.weights, x)[0]) for x in block.batches(block.inputs)])
+    np.testing.assert_allclose(block.outputs(block.weights, block.inputs), whole, rtol=1e-5, atol=1e-5)
+
+
 def test_damping_that_grew_is_said(block: Block) -> None:
     """Inputs of one direction only, no damping: no Cholesky decomposition."""
     one = np.ones_like(block.inputs) * np.arange(1, HIDDEN + 1, dtype=np.float32)
-    _, lines = GPTQ(damp=0.0, asymmetric=False)(
+    _, lines, *_ = GPTQ(damp=0.0, asymmetric=False)(
         dataclasses.replace(block, inputs=one, schemes={"attn_q": Scheme(4, 16)})
     )
     assert "the Hessian was not positive definite" in lines[0].note

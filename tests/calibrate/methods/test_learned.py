@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qjax.arrays import AffineArray, Scheme
-from qjax.calibrate.blocks import Block, Line, Weights
+from qjax.calibrate.blocks import Block, Line, Made, Weights
 from qjax.calibrate.methods.awq import AWQ
 from qjax.calibrate.methods.gptq import GPTQ
 from qjax.calibrate.methods.learned import Learned
@@ -58,7 +58,7 @@ def same(a: Any, b: Any) -> bool:
 
 def test_output_is_nearer_than_the_starts_and_what_is_said_of_it() -> None:
     block = block_of(all_of(Scheme(3, 32, False)))
-    found, lines = Learned(steps=40, batch=4, grid_share=1.0, reach=0.49, start=RTN())(block)
+    found, lines, *_ = Learned(steps=40, batch=4, grid_share=1.0, reach=0.49, start=RTN())(block)
     before, after = distance(block, RTN()(block)[0]), distance(block, found)
     assert after < 0.5 * before
     assert {line.name for line in lines} == set(MATRICES)
@@ -74,7 +74,7 @@ def test_output_is_nearer_than_the_starts_and_what_is_said_of_it() -> None:
 def test_a_start_that_is_not_improved_is_the_result() -> None:
     block = block_of(all_of(Scheme(3, 32, False)))
     # Steps that shake everything.
-    found, _ = Learned(steps=2, batch=4, learning_rate=0.5, start=RTN())(block)
+    found, *_ = Learned(steps=2, batch=4, learning_rate=0.5, start=RTN())(block)
     assert same(found, RTN()(block)[0])
 
 
@@ -92,7 +92,7 @@ def test_the_same_bits_each_time_and_others_of_another_seed() -> None:
 
 def test_other_weights_are_the_same_objects() -> None:
     block = block_of({"attn_v": Scheme(2, 32), "ffn_down": Scheme(4, -1, False)})
-    found, lines = Learned(steps=20, batch=4, start=RTN())(block)
+    found, lines, *_ = Learned(steps=20, batch=4, start=RTN())(block)
     assert sorted(line.name for line in lines) == ["attn_v", "ffn_down"]
     for name, w in block.weights.items():
         assert (found[name] is w) == (name not in block.schemes)
@@ -108,7 +108,7 @@ def test_what_a_start_changes_of_the_inputs_stays() -> None:
     assert first["attn_q"].columns is not None
     assert first["attn_output"].input_scale is not None
     block = block_of(dict.fromkeys(starts, rounded))
-    found, _ = Learned(steps=40, batch=4, start=Made(first))(block)
+    found, *_ = Learned(steps=40, batch=4, start=Ready(first))(block)
     assert distance(block, found) < 0.9 * distance(block, block.weights | first)
     for name, array in first.items():
         assert same(found[name].replace(inner=None), array.replace(inner=None))
@@ -117,14 +117,14 @@ def test_what_a_start_changes_of_the_inputs_stays() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class Ready:
     """A start that was made before."""
 
     arrays: dict[str, Any]
     needs_inputs = needs_float = False
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        return block.weights | self.arrays, [Line(0, name, "", 0.0, None, 0.0) for name in self.arrays]
+    def __call__(self, block: Block) -> Made:
+        return Made(block.weights | self.arrays, [Line(0, name, "", 0.0, None, 0.0) for name in self.arrays])
 
 
 class Folding:
@@ -132,9 +132,9 @@ class Folding:
 
     needs_inputs = needs_float = False
 
-    def __call__(self, block: Block) -> tuple[Weights, list[Line]]:
-        weights, lines = RTN()(block)
-        return weights | {"ffn_norm": 2 * weights["ffn_norm"]}, lines
+    def __call__(self, block: Block) -> Made:
+        weights, lines, *_ = RTN()(block)
+        return Made(weights | {"ffn_norm": 2 * weights["ffn_norm"]}, lines)
 
 
 def test_a_start_that_changes_other_weights_is_refused() -> None:
