@@ -6,7 +6,7 @@ huggingface_hub does the transport, the cache in the user's home, the progress b
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,10 +133,13 @@ def _folder_files(names: Sequence[str], wish: HubId) -> list[str]:
     return [name for name in names if name in weights or _FOLDER_FILES.fullmatch(name)]
 
 
-def fetch(wish: HubId) -> Path:
+def fetch(wish: HubId, take: Callable[[HubId, list[str]], Path] | None = None) -> Path:
     """Download what is needed of a repository into the Hub's own cache.
 
     Where the Hub cannot be reached, what the cache holds already is used.
+
+    Args:
+      take: downloads files of the repository in some other way, and gives their folder.
 
     Returns:
       The GGUF file (the first shard, or the one that was named), or the folder of a Hugging Face model.
@@ -145,7 +148,7 @@ def fetch(wish: HubId) -> Path:
       QjaxError: the Hub cannot be reached, or refuses, or has no such repository, revision or file.
     """
     # Imported here: it takes a while, and most runs open a local file.
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     here = f"{wish}: there is no such file here, and"
@@ -153,12 +156,7 @@ def fetch(wish: HubId) -> Path:
         # Not `list_repo_files`, which asks a Hub that is out of reach for half a minute.
         siblings = HfApi().model_info(wish.repo, revision=wish.revision, timeout=REACH_SECONDS).siblings or []
         files, opening = needed_files([entry.rfilename for entry in siblings], wish)
-        # Of one commit all of them, even if there is a new one meanwhile.
-        patterns = [glob.escape(name) for name in files]
-        folder = snapshot_download(
-            wish.repo, revision=wish.revision, allow_patterns=patterns, tqdm_class=_terminal_bars()
-        )
-        return Path(folder) / opening
+        return (take or snapshot)(wish, files) / opening
     except QjaxError:
         raise
     except GatedRepoError as error:
@@ -175,11 +173,20 @@ def fetch(wish: HubId) -> Path:
         reason = " ".join(str(error).split()) or type(error).__name__
         # An answer, if not "come back later", is final.
         status = getattr(getattr(error, "response", None), "status_code", 503)
-        cached = _cached(wish) if status >= 500 else None
+        cached = cached_model(wish) if status >= 500 else None
         if isinstance(cached, Path):
             return cached
         more = f"; in its cache: {cached}" if cached else ""
         raise QjaxError(f"{here} it cannot be fetched from the Hub: {reason}{more}") from error
+
+
+def snapshot(wish: HubId, files: Sequence[str]) -> Path:
+    """These files of one commit, even if there is a new one meanwhile, in a folder of the Hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(name) for name in files]
+    bars = _terminal_bars()
+    return Path(snapshot_download(wish.repo, revision=wish.revision, allow_patterns=patterns, tqdm_class=bars))
 
 
 def fetch_file(repo: str, name: str) -> Path:
@@ -215,7 +222,7 @@ def _terminal_bars() -> type:
     return Bars
 
 
-def _cached(wish: HubId) -> Path | QjaxError | None:
+def cached_model(wish: HubId) -> Path | QjaxError | None:
     """What was fetched before; an error if that is no whole model, None if it is nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

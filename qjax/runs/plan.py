@@ -1,12 +1,13 @@
 """Where a model's layers lie on devices: a plan, what it comes to, and what would have room if it has none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qjax.errors import QjaxError
 from qjax.evaluate.shapes import SHAPES
-from qjax.formats.locate import locate
+from qjax.formats.headers import located_headers
 from qjax.formats.source import Source, open_source
 from qjax.models import ModelConfig
 from qjax.models.load import checked_config
@@ -22,20 +23,40 @@ from qjax.runs.console import emit, megabytes, show_table
 SHORT_NAMES = {"1b": "tinyllama-1.1b", "7b": "llama-7b", "13b": "llama-13b"}
 
 
-def model_of(name: str) -> Source | ModelConfig:
-    """The open model of a path or Hub id, or the config of a shape such as "7b".
+@contextmanager
+def model_of(name: str) -> Iterator[Source | ModelConfig]:
+    """The open headers of a path or Hub id, or the config of a shape such as "7b".
 
     Raises:
       QjaxError: there is neither.
     """
     shape = SHAPES.get(SHORT_NAMES.get(name.lower(), name.lower()))
     if shape is not None and not Path(name).exists():
-        return shape.config
-    return open_source(locate(name))
+        yield shape.config
+    else:
+        with located_headers(name) as path:
+            yield open_source(path)
 
 
-def plan_model(
+def plan_model(name: str, **options: Any) -> dict[str, Any]:
+    """A plan and what it comes to, as JSON has it; it is written to `output` if it has room.
+
+    Args:
+      name: see `model_of`. options: see `_planned`.
+
+    Returns:
+      "feasible" tells whether it has room; if not, "error" says what lacks and "nearest" what would have.
+
+    Raises:
+      QjaxError: options that do not go together, or see `make_plan` and `read_plan`.
+    """
+    with model_of(name) as model:
+        return _planned(name, model, **options)
+
+
+def _planned(
     name: str,
+    model: Source | ModelConfig,
     *,
     devices: str | None = None,
     plan_file: str | Path | None = None,
@@ -46,19 +67,12 @@ def plan_model(
     batch: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A plan and what it comes to, as JSON has it; it is written to `output` if it has room.
+    """`plan_model` of an open model.
 
     Args:
-      name: see `model_of`. devices: "cuda:0=8GiB,cpu:0=16GiB"; None for those of this process, or of the file.
+      devices: "cuda:0=8GiB,cpu:0=16GiB"; None for those of this process, or of the file.
       plan_file: a plan to look at, in which what is given here is replaced. options: see `make_plan`.
-
-    Returns:
-      "feasible" tells whether it has room; if not, "error" says what lacks and "nearest" what would have.
-
-    Raises:
-      QjaxError: options that do not go together, or see `make_plan` and `read_plan`.
     """
-    model = model_of(name)
     given = None if devices is None else parse_devices(devices)
     if plan_file is not None and (mode is not None or objective is not None):
         raise QjaxError("--plan says where each layer lies: --mode and --objective are for plans that are made")

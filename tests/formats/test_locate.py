@@ -15,6 +15,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.evaluate.shapes import Shape, llama
+from qjax.evaluate.synthetic import save_synthetic
+from qjax.formats.gguf.header import read_header
 from qjax.formats.locate import EMBEDDED, locate
 
 GGUF = b"GGUF" + bytes(60)
@@ -120,11 +123,12 @@ class Hub(BaseHTTPRequestHandler):
     def send_file(self, body: bytes, commit: str) -> None:
         headers = {"ETag": f'"{tag_of(body)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         sent = self.broken_after.pop(0) if self.command == "GET" and len(body) > 1000 and self.broken_after else None
-        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-        if start:
-            self.asked[-1] += f" from {start}"
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206 if start else 200, headers, body[start:], sent)
+        first, _, last = (self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, stop = int(first), min(int(last or len(body) - 1) + 1, len(body))
+        if start or last:
+            self.asked[-1] += f" from {start}" + (f" to {stop}" if last else "")
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+        self.answer(206 if start or last else 200, headers, body[start:stop], sent)
 
 
 def tag_of(body: bytes) -> str:
@@ -154,6 +158,18 @@ for name in sys.argv[1:]:
     except QjaxError as error:
         print("error", error)
 """
+PLAN = """
+import json, sys
+from qjax.errors import QjaxError
+from qjax.formats import headers
+from qjax.runs.plan import plan_model
+headers.FIRST_BYTES = 4096
+for name in sys.argv[1:]:
+    try:
+        print("path", json.dumps(plan_model(name, devices="cpu:0=1GiB,cuda:0=1GiB")["devices"]))
+    except QjaxError as error:
+        print("error", error)
+"""
 Ask = Callable[..., list[tuple[str, str]]]
 
 
@@ -161,13 +177,13 @@ Ask = Callable[..., list[tuple[str, str]]]
 def ask(endpoint: str, tmp_path: Path) -> Ask:
     """`ask("owner/name", ...)`: what `locate` gives for each, as ("path" or "error", text)."""
 
-    def run(*names: str, **variables: str) -> list[tuple[str, str]]:
+    def run(*names: str, script: str = ASK, **variables: str) -> list[tuple[str, str]]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         root = str(Path(__file__).resolve().parents[2])
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
         done = subprocess.run(
-            [sys.executable, "-c", ASK, *names],
+            [sys.executable, "-c", script, *names],
             env=kept | proxies | own | {"PYTHONPATH": root} | variables,
             cwd=tmp_path,
             capture_output=True,
@@ -394,3 +410,43 @@ def test_what_cannot_be_an_id_never_asks_the_hub(name: str, tmp_path: Path, monk
     monkeypatch.setattr("qjax.formats.locate.fetch", lambda wish: pytest.fail("asked"))
     with pytest.raises(QjaxError, match=r"no such file; give|no \.gguf file there"):
         locate(name)
+
+
+def test_a_plan_is_made_of_headers_alone(ask: Ask, tmp_path: Path) -> None:
+    """More is asked for until the header is whole, and nothing of what is behind it; what is in the cache is not."""
+    path = tmp_path / "m.gguf"
+    save_synthetic(
+        path, Shape("small", llama(layers=2, hidden=256, heads=4, kv_heads=2, ffn=512, vocab=4000, context=128)), "q4_0"
+    )
+    REPOSITORIES["ann/planned"] = {"m.gguf": path.read_bytes()}
+    Hub.asked.clear()
+    [(_, found)] = ask("ann/planned", script=PLAN)
+    [(_, local)] = ask(str(path), script=PLAN)
+    assert found == local
+    asked = [line.rpartition(" ")[2] for line in Hub.asked if line.startswith("GET ann/planned")]
+    start = read_header(path.read_bytes(), path).data_start
+    assert [int(count) for count in asked] == [4096 * 4**i for i in range(len(asked))]
+    assert len(asked) > 1
+    assert int(asked[-1]) // 4 < start <= int(asked[-1])
+    ask("ann/planned")
+    Hub.asked.clear()
+    assert ask("ann/planned", script=PLAN) == [("path", local)]
+    assert Hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["hf-float", "hf-gptq-w4g128"])
+def test_a_plan_of_a_folder(ask: Ask, interop: Path, name: str) -> None:
+    """Of floats headers alone; what is packed is fetched, since its data tells how."""
+    REPOSITORIES["ann/folder"] = {entry.name: entry.read_bytes() for entry in (interop / name).iterdir()}
+    Hub.asked.clear()
+    [(_, found)] = ask("ann/folder", script=PLAN)
+    whole = [line for line in Hub.asked if line == "GET ann/folder model.safetensors"]
+    assert len(whole) == (name != "hf-float")
+    [(_, local)] = ask(str(interop / name), script=PLAN)
+    assert found == local
+
+
+def test_a_hub_without_the_model_has_no_headers(ask: Ask) -> None:
+    [(kind, text)] = ask("ann/nowhere", script=PLAN)
+    assert kind == "error"
+    assert "no such public repository" in text
