@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 # Notebooks that take minutes: run by `make slow`.
-SLOW: frozenset[str] = frozenset()
+SLOW = frozenset({"packed_weights.ipynb"})
 LONGEST_SECONDS = 240
 LARGEST_BYTES = 100_000
 

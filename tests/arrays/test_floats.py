@@ -38,7 +38,7 @@ def float32_corners(count: int = 400_000) -> np.ndarray:
     return np.concatenate([bits, bits ^ np.uint32(1 << 31)]).view(np.float32)
 
 
-@pytest.fixture(params=["eager", "jit"])
+@pytest.fixture(params=[pytest.param("eager", marks=pytest.mark.slow), "jit"])
 def run(request):
     return jax.jit if request.param == "jit" else lambda function: function
 

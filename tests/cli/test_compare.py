@@ -53,6 +53,7 @@ def test_the_whole_of_it(run: Any, run_json: Json, files: dict[str, Path], tmp_p
     assert "4 of 4: tiny-q4_1" in shown.err
 
 
+@pytest.mark.slow
 def test_a_base_that_is_no_candidate_and_a_base_file(run_json: Json, files: dict[str, Path], tmp_path: Path) -> None:
     measured = ("--data", files["text"], "--out", tmp_path)
     # The partner is named by another path of its.

@@ -159,7 +159,7 @@ COMPARED = {
 }
 
 
-@pytest.mark.parametrize("case", COMPARED)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if "twelve" in c else c for c in COMPARED])
 def test_every_model_is_named_in_both_pictures(case: str, figures: list[Figure], tmp_path: Path) -> None:
     """In the frame, clear of each other, of the legend and of the points."""
     rows = COMPARED[case]

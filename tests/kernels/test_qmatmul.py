@@ -145,11 +145,16 @@ def test_tiles_cover_any_number_of_rows(out: int, rows: int) -> None:
     assert error(matmul_tiles(x, w), np.asarray(x, np.float64) @ decoded("Q8_0", out, 256).T) < 2e-6
 
 
+def slow(*kinds: str) -> list[Any]:
+    """Kinds that are compiled by `make slow` alone."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def temporaries(run: object, *args: object) -> int:
     return jax.jit(run).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "F16", "BF16"])
+@pytest.mark.parametrize("kind", [*("Q4_0", "Q6_K", "IQ4_XS", "F16"), *slow("Q8_0", "Q5_1", "Q4_K", "IQ2_XXS", "BF16")])
 def test_no_float_copy_of_the_weight(kind: str) -> None:
     """What the compiled product holds beside its arguments is a fraction of the weight's floats."""
     w, floats = weight(kind, 4096, 2048), 4 * 4096 * 2048
@@ -178,7 +183,7 @@ def test_tiles_are_never_most_of_a_weight() -> None:
             assert 1 <= tile_rows(rows, shape) <= max(8, shape[0] // 4)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "IQ4_XS", "IQ2_XXS"])
+@pytest.mark.parametrize("kind", [*("Q4_0", "IQ4_XS"), *slow("Q6_K", "IQ2_XXS")])
 @pytest.mark.parametrize("side", ["out", "in"])
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("make", [weight, lanes])

@@ -105,7 +105,7 @@ def wanted(files: Path) -> Callable[[str], tuple[list[list[int]], np.ndarray]]:
 
 
 # Each stage is compiled for its device: the others take minutes.
-QUICK = {("gguf", "embedding and head alone"), ("gguf", "8"), ("gguf", "2 x 4"), ("gptq", "2 x 2")}
+QUICK = {("gguf", "embedding and head alone"), ("gguf", "8"), ("gguf", "2 x 4"), ("gptq", "2 uneven")}
 
 
 def cases() -> list[Any]:

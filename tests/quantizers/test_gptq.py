@@ -88,8 +88,8 @@ def published(
     ("scheme", "act_order", "static_groups", "blocksize"),
     [
         (Scheme(4, 16), True, True, 32),
-        (Scheme(4, 16, symmetric=False), True, False, 32),
-        (Scheme(3, 32), False, False, 32),
+        pytest.param(Scheme(4, 16, symmetric=False), True, False, 32, marks=pytest.mark.slow),
+        pytest.param(Scheme(3, 32), False, False, 32, marks=pytest.mark.slow),
         (Scheme(2, 32, symmetric=False), False, True, 48),
         (Scheme(8, -1), True, False, 128),
     ],

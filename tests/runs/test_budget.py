@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         # Many short texts side by side are written faster than one long one, token by token.
         patch.setattr("qjax.runs.budget.N_CTX", 128)
-        return quantize_within("embedded", path, Wish("q4_k_m"), Budget(bpw=4.6, chunks=8, types=KINDS.split(",")))
+        return quantize_within("embedded", path, Wish("q4_k_m"), Budget(bpw=4.6, chunks=4, types=KINDS.split(",")))
 
 
 def test_it_fits_and_says_what_it_costs(made: dict[str, Any]) -> None:
@@ -49,6 +49,7 @@ def test_it_fits_and_says_what_it_costs(made: dict[str, Any]) -> None:
     assert "".join(model.generate("def main(", max_tokens=4, temperature=0.0))
 
 
+@pytest.mark.slow
 def test_it_beats_a_mix_of_its_size(made: dict[str, Any], tmp_path: Path) -> None:
     """On another text than that which it was looked at on."""
     mix, best = tmp_path / "mix.gguf", tmp_path / "best.gguf"

@@ -64,6 +64,7 @@ def test_its_tokenizer_gives_text_back(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+@pytest.mark.slow
 def test_perplexity_on_heldout_text_is_as_recorded(reader: gguf.GGUFReader, tokenizer: Tokenizer) -> None:
     params = {tensor.name: jnp.asarray(tensor.data, jnp.float32) for tensor in reader.tensors}
     text = corpus.heldout_text()

@@ -98,6 +98,7 @@ def test_other_weights_are_the_same_objects() -> None:
         assert (found[name] is w) == (name not in block.schemes)
 
 
+@pytest.mark.slow
 def test_what_a_start_changes_of_the_inputs_stays() -> None:
     """Columns in the order of their importance, scales of the inputs, activations rounded to int8."""
     rounded = Scheme(3, 32, activations="int8")
