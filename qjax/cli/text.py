@@ -1,6 +1,7 @@
 """The commands that take or make text: generate, chat, tokenize."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from qjax.cli.arguments import Commands, add_compute, add_json, add_kv_cache, add_plan, natural, number, positive
@@ -20,6 +21,13 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("-o", "--output", metavar="JSONL", help="of --prompts: a line each, in order; resumes if killed")
     sub.add_argument("--rows", type=positive, help="of --prompts: texts at a time; default: 8, or the plan's batch")
+    sub.add_argument(
+        "--replica",
+        action="append",
+        default=[],
+        metavar="YAML",
+        help="of --prompts: the model once more, by this plan on other devices, for a share of the prompts; repeatable",
+    )
     _add_sampling(sub)
     add_compute(sub)
     add_plan(sub)
@@ -87,6 +95,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         _generate_many(args)
         return
+    if args.replica or args.rows:
+        raise QjaxError("--replica and --rows are for many prompts: give --prompts FILE")
     prompt = _prompt(args)
     model = texts.open_model(args.model, quantize=args.quantize, plan=args.plan)
     result = texts.generate(model, prompt, as_json=args.json, echo=args.echo, **_sampling(args))
@@ -112,8 +122,11 @@ def _generate_many(args: argparse.Namespace) -> None:
         raise QjaxError("--stop is for a single prompt")
     options = _sampling(args)
     del options["stop"]
-    model = lambda: texts.open_model(args.model, quantize=args.quantize, plan=args.plan)
-    result = generate_many(model, args.prompts, args.output, rows=args.rows, **options)
+    model = lambda plan: partial(texts.open_model, args.model, quantize=args.quantize, plan=plan)
+    replicas = [model(plan) for plan in args.replica]
+    result = generate_many(
+        model(args.plan), args.prompts, args.output, open_replicas=replicas, rows=args.rows, **options
+    )
     if args.json:
         emit_json(result)
     else:

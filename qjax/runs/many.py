@@ -17,8 +17,17 @@ from qjax.text import encode_chat
 MOST_BYTES = 1 << 24
 
 
-def generate_many(open_model: Callable[[], api.Model], source: str, target: str, **options: Any) -> dict[str, Any]:
+def generate_many(
+    open_model: Callable[[], api.Model],
+    source: str,
+    target: str,
+    *,
+    open_replicas: Sequence[Callable[[], api.Model]] = (),
+    **options: Any,
+) -> dict[str, Any]:
     """Continue each line {"prompt": "..."} or {"messages": [...]} of a file.
+
+    Replicas are the same model on other devices: they share the prompts, and change no text.
 
     Lines {"index", "text", "ids", "stopped"} are kept beside `target` until all are there, and then take its name: a
     run of the same model, prompts and options that was killed goes on after the last whole one.
@@ -30,6 +39,7 @@ def generate_many(open_model: Callable[[], api.Model], source: str, target: str,
     check_writable(target)
     model = open_model()
     prompts = [_ids(model, line) for line in lines]
+    replicas = [opened().executor(options.get("activations")) for opened in open_replicas]
     partial = Path(f"{target}.partial")
     head = {"qjax": "generate", "of": fingerprint([model.source, source], sorted(map(repr, options.items())))}
     found = resumed(partial, head)
@@ -42,7 +52,7 @@ def generate_many(open_model: Callable[[], api.Model], source: str, target: str,
         advance(done, len(prompts))
         given = options | {"seed": (options["seed"] + done) % (1 << 32)}
         given = {key: value for key, value in given.items() if value is not None}
-        for index, text in enumerate(model.generate_many(prompts[done:], **given), done):
+        for index, text in enumerate(model.generate_many(prompts[done:], replicas=replicas, **given), done):
             _write(file, {"index": index, **text._asdict()})
             tokens += len(text.ids)
             advance(index + 1, len(prompts))

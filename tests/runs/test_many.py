@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax.cli import main
 from qjax.errors import FormatError
+from qjax.pipeline import Device, Plan, StagePlan, write_plan
 from qjax.runs.many import read_prompts
 
 PROMPTS = ["def f(", "class A", "import os", "# a", "for i in"]
@@ -42,6 +43,29 @@ def test_a_text_for_each_prompt_in_order(model: qjax.Model, prompts: Path, tmp_p
         assert line["ids"] == alone
         assert line["text"] == "".join(model.generate(prompt, max_tokens=6, temperature=1, seed=3 + i))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_replica_takes_a_share_and_changes_no_text(
+    model: qjax.Model,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QJAX_CACHE", "off")
+    out, plan = tmp_path / "out.jsonl", tmp_path / "plan.yaml"
+    devices = (Device("cpu:1", 1 << 30, 1e10, 1e12, 1e10, 1e-6),)
+    write_plan(plan, Plan((StagePlan(range(model.config.layers), ("cpu:1",)),), devices, 64, 2))
+    opened, load = [], qjax.api.load
+    monkeypatch.setattr("qjax.api.load", lambda *a, **o: (opened.append(o["plan"]), load(*a, **o))[1])
+    command = ["generate", "embedded", "--replica", str(plan), *OPTIONS]
+    assert main([*command, "--prompts", str(prompts), "-o", str(out)]) == 0
+    assert opened == [None, str(plan)]
+    for i, (line, prompt) in enumerate(zip(lines(out), PROMPTS, strict=True)):
+        assert line["ids"] == model.infer(model.encode(prompt), 6, 1.0, seed=3 + i)
+    capsys.readouterr()
+    assert main([*command, "-p", "x"]) == 2
+    assert "--replica and --rows are for many prompts" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
