@@ -2,6 +2,7 @@
 
     python benchmarks/stages.py                  # one stage and four, on one device and on four virtual ones
     python benchmarks/stages.py --processes 2    # a process a core: rows in one group, and in as many as processes
+    python benchmarks/stages.py --processes 2 --profile benchmarks/microbatches.png     # and who computes when
 
 Made-up weights of a known shape; rounds take turns, medians and their ratios are shown.
 """
@@ -13,10 +14,12 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import overlap
 
 SAME, APART = "4 stages, one device", "4 stages, four devices"
 
@@ -30,16 +33,19 @@ def plan_of(layers: int, places: list[str]) -> Any:
     return Plan(stages, devices, context=512, batch=1)
 
 
-def rate(executor: Any, prompts: list[list[int]], tokens: int, microbatches: int | None = None) -> float:
-    """Tokens a second of all rows, from the second token on."""
+def rate(
+    executor: Any, prompts: list[list[int]], tokens: int, microbatches: int | None = None, trace: Path | None = None
+) -> float:
+    """Tokens a second of all rows, from the second token on; trace: a folder for JAX's profiler, from there on too."""
     from qjax.generate import generate_ids
 
     steps = generate_ids(executor, prompts, max_tokens=tokens + 2, microbatches=microbatches)
     next(steps)
     next(steps)
-    start = time.perf_counter()
-    count = sum(1 for _ in steps)
-    return count * len(prompts) / (time.perf_counter() - start)
+    with nullcontext() if trace is None else overlap.traced(trace):
+        start = time.perf_counter()
+        count = sum(1 for _ in steps)
+        return count * len(prompts) / (time.perf_counter() - start)
 
 
 def staged(shape: str, mix: str, tokens: int, rounds: int) -> dict[str, list[float]]:
@@ -66,8 +72,8 @@ def staged(shape: str, mix: str, tokens: int, rounds: int) -> dict[str, list[flo
     return found
 
 
-def worker(model: str, plan: str, out: str, rows: int, tokens: int, rounds: int) -> None:
-    """One of the processes."""
+def worker(model: str, plan: str, out: str, traces: str, rows: int, tokens: int, rounds: int) -> None:
+    """One of the processes; traces: a folder for these, or ""."""
     from qjax.pipeline.distributed import join
 
     joined = join()
@@ -81,6 +87,8 @@ def worker(model: str, plan: str, out: str, rows: int, tokens: int, rounds: int)
     for number in range(rounds):
         for groups in list(found)[:: -1 if number % 2 else 1]:
             found[groups].append(rate(executor, prompts, tokens, int(groups)))
+    for groups in found if traces else ():
+        rate(executor, prompts, tokens, int(groups), Path(traces, groups, str(joined[0] if joined else 0)))
     if not joined or joined[0] == 0:
         Path(out).write_text(json.dumps(found))
 
@@ -97,9 +105,16 @@ def processes(args: argparse.Namespace) -> dict[str, list[float]]:
         save_synthetic(model, shape, args.type)
         write_plan(plan, plan_of(shape.config.layers, ["cpu:0"] * args.processes))
         sizes = [str(n) for n in (args.rows, args.tokens, args.rounds)]
-        command = [sys.executable, __file__, "--worker", str(model), str(plan), str(out), *sizes]
+        traces = Path(folder, "traces") if args.profile else ""
+        command = [sys.executable, __file__, "--worker", str(model), str(plan), str(out), str(traces), *sizes]
         launch(command, args.processes, pin=True, program=())
-        return json.loads(out.read_text())
+        found = json.loads(out.read_text())
+        if args.profile:
+            mine = lambda groups: [overlap.busy(Path(traces, groups, str(i))) for i in range(args.processes)]
+            spans = {f"{args.rows} rows in {groups} group(s)": mine(groups) for groups in found}
+            # About four tokens of all rows.
+            overlap.picture(spans, args.profile, 4 * args.rows / statistics.median(found["1"]))
+        return found
 
 
 def main() -> None:
@@ -110,11 +125,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=8, help="of --processes")
     parser.add_argument("--processes", type=int)
-    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", type=Path, help="of --processes: draw who computes when into this file")
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.worker:
-        worker(*args.worker[:3], *map(int, args.worker[3:]))
+        worker(*args.worker[:4], *map(int, args.worker[4:]))
         return
     if args.processes:
         found = processes(args)
