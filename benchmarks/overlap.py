@@ -48,7 +48,7 @@ def middle(processes: list[Spans], seconds: float) -> list[Spans]:
 
 
 def picture(found: dict[str, list[Spans]], path: Path, seconds: float) -> None:
-    """A row for each process of each run, dark where it computes."""
+    """A row for each process of each run, coloured where it computes."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(len(found), 1, figsize=(9, 1.1 + 1.2 * len(found)), sharex=True, layout="constrained")
