@@ -186,9 +186,10 @@ class Model:
         Raises:
           QjaxError: more rows than the plan has room for, or see `stream`; names the prompt's number.
         """
-        if self.placing is not None and (rows or 1) > (most := self.placing.plan.batch):
+        most = None if self.placing is None else self.placing.plan.batch
+        rows = (most or DEFAULT_ROWS) if rows is None else rows
+        if most is not None and rows > most:
             raise QjaxError(f"expected at most {most} rows, the plan's batch, got {rows}: plan for a larger batch")
-        rows = rows or (DEFAULT_ROWS if self.placing is None else self.placing.plan.batch)
         sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
@@ -204,13 +205,21 @@ class Model:
         )
         return (Text(self.tokenizer.decode(one.ids, continuing=True), one.ids, one.stopped) for one in found)
 
-    def _entries(self, kv_cache: CacheKind | None, cache_dtype: Any) -> Any:
-        """The dtype that an executor's cache is made with."""
+    def cache_kind(self, kv_cache: CacheKind | None) -> CacheKind:
+        """What keys and values are kept as; None for what the plan says, if there is one, else "float".
+
+        Raises:
+          QjaxError: an unknown kind.
+        """
         if kv_cache is None:
             kv_cache = "float" if self.placing is None else self.placing.plan.cache
         if kv_cache not in get_args(CacheKind):
             raise QjaxError(f"expected a kv_cache of {get_args(CacheKind)}, got {kv_cache!r}")
-        return jnp.int8 if kv_cache == "int8" else cache_dtype
+        return kv_cache
+
+    def _entries(self, kv_cache: CacheKind | None, cache_dtype: Any) -> Any:
+        """The dtype that an executor's cache is made with."""
+        return jnp.int8 if self.cache_kind(kv_cache) == "int8" else cache_dtype
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
         """The text of `stream`, piece by piece; the same options."""
@@ -281,6 +290,26 @@ def _by_recipe(
     return made.params, model.config
 
 
+def _maker(
+    quantize: str | Make | recipes.Recipe | None, imatrix: Any, effort: Effort, calibration: Any
+) -> tuple[Make | recipes.Recipe | None, str | None]:
+    """What makes each matrix, or else the mix that says so; None and None for as they are.
+
+    Raises:
+      QjaxError: an unknown type, or options that are for something else.
+    """
+    make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
+    if mix is not None and not rewrite.names_mix(mix):
+        make, mix = quantizer(mix), None
+    if imatrix is not None and mix is None:
+        raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
+    if effort != "normal" and mix is None:
+        raise QjaxError("effort is for a mix such as quantize='q4_k_m'")
+    if calibration is not None and not isinstance(make, recipes.Recipe):
+        raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
+    return make, mix
+
+
 def _placing(known: Plan, file: Source, quantize: str | Make | recipes.Recipe | None) -> Placing:
     """The plan to be carried out, if the model has room by it: nothing is loaded to find out."""
     known = dataclasses.replace(known, type=quantize if isinstance(quantize, str) else None)
@@ -327,21 +356,17 @@ def load(
     Raises:
       QjaxError: the file cannot be found, read or understood; the message says what to do.
     """
+    make, mix, known = None, None, None
+    if plan is None or quantize is not None:
+        # What does not go together is said before anything is fetched.
+        make, mix = _maker(quantize, imatrix, effort, calibration)
     path = locate(model)
     file = open_source(path)
-    known = None
     if plan is not None:
         known = plan if isinstance(plan, Plan) else read_plan(plan, checked_config(file).layers)
-        quantize = known.type if quantize is None else quantize
-    make, mix = (None, quantize) if isinstance(quantize, str) else (quantize, None)
-    if mix is not None and not rewrite.names_mix(mix):
-        make, mix = quantizer(mix), None
-    if imatrix is not None and mix is None:
-        raise QjaxError("imatrix is for a mix such as quantize='q4_k_m'")
-    if effort != "normal" and mix is None:
-        raise QjaxError("effort is for a mix such as quantize='q4_k_m'")
-    if calibration is not None and not isinstance(make, recipes.Recipe):
-        raise QjaxError("calibration is for a recipe such as quantize=qjax.GPTQ()")
+        if quantize is None:
+            quantize = known.type
+            make, mix = _maker(quantize, imatrix, effort, calibration)
     placing, lay_out, wanted = None, kernels_layout, lambda name: True
     if known is not None:
         placing = _placing(known, file, quantize)

@@ -75,7 +75,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--kernels", action="store_true", help="say which kernel each tensor takes, and measure nothing")
     add_compute(sub)
     add_plan(sub)
-    add_kv_cache(sub)
+    add_kv_cache(sub, of_plan=True)
     add_json(sub)
 
 

@@ -51,7 +51,7 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     activations: Any = None,
-    kv_cache: Any = "float",
+    kv_cache: Any = None,
     plan: str | None = None,
 ) -> dict[str, Any]:
     """Prompt and generation speed of a file, or of made-up weights of a known shape.
@@ -62,6 +62,7 @@ def bench(
     activations = activations or default_activations()
     start = time.perf_counter()
     name, opened = _open(model, shape, type_name, quantize, plan)
+    kv_cache = opened.cache_kind(kv_cache)
     jax.block_until_ready(opened.params)
     load_seconds = time.perf_counter() - start
     with progress_bar("measuring") as advance:

@@ -66,6 +66,19 @@ def test_more_than_there_is_room_for_is_refused(path: Path) -> None:
         model.infer([1] * 60, 5)
     with pytest.raises(QjaxError, match="at most 4 rows, the plan's batch, got 5"):
         model.generate_many([[1, 2]], rows=5)
+    with pytest.raises(QjaxError, match="expected at least one row"):
+        next(iter(model.generate_many([[1, 2]], rows=0)))
+
+
+def test_options_that_do_not_go_together_are_refused_before_anything_is_fetched() -> None:
+    for wrong in (
+        {"imatrix": "x"},
+        {"effort": "high"},
+        {"calibration": "x"},
+        {"quantize": "q4_0", "plan": PLAN, "imatrix": "x"},
+    ):
+        with pytest.raises(QjaxError, match="is for a"):
+            qjax.load("/nowhere.gguf", **wrong)
 
 
 def test_a_recipe_has_its_bytes_counted(path: Path) -> None:
