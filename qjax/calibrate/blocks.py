@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from qjax.arrays.scheme import Scheme
-from qjax.kernels import rope_angles
 from qjax.models import ModelConfig
-from qjax.models.forward import Tap, Tapped, attention, embed, feed_forward, layer, project
+from qjax.models.forward import Tap, Tapped, attention, embed, feed_forward, layer, project, turns
 
 Weights = dict[str, Any]
 Hidden = Float32[np.ndarray, "samples seq hidden"]
@@ -44,14 +43,12 @@ class Line(NamedTuple):
 
 def run_block(weights: Weights, x: Any, rope: Any, config: ModelConfig, tap: Tap | None = None) -> tuple[Any, Tapped]:
     """`Block.run`, for programs that take the block apart."""
-    angles, positions = _turns(x, rope)
-    y, _, tapped = layer(weights, x, angles, positions, None, config=config, tap=tap)
+    y, _, tapped = layer(weights, x, *_turns(x, rope), None, config=config, tap=tap)
     return y, tapped
 
 
 def _turns(x: Any, rope: Any) -> tuple[Any, Any]:
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-    return rope_angles(positions, rope), positions
+    return turns({"rope": rope}, x.shape[1], jnp.zeros(x.shape[0], jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("config", "half"))
@@ -92,8 +89,7 @@ class Block:
 
     def slices(self, hidden: Hidden) -> list[slice]:
         """Samples that are run at once, in order; the last may be fewer."""
-        count = len(hidden)
-        return [slice(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
+        return [slice(start, start + self.batch) for start in range(0, len(hidden), self.batch)]
 
     def batches(self, hidden: Hidden) -> Iterator[Any]:
         """Of hidden states [samples, seq, hidden], by `slices`."""

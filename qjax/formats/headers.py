@@ -55,9 +55,10 @@ def _headers(folder: Path, wish: HubId, files: list[str]) -> Path:
 
 
 def _header(wish: HubId, name: str, path: Path) -> None:
-    count = FIRST_BYTES
+    data, count = b"", FIRST_BYTES
     while True:
-        data, total = _first(wish, name, count)
+        more, total = _part(wish, name, len(data), count)
+        data += more
         with path.open("wb") as file:
             file.write(data)
             file.truncate(total)
@@ -80,13 +81,13 @@ def _ends_within(path: Path, count: int) -> bool:
         return False
 
 
-def _first(wish: HubId, name: str, count: int) -> tuple[bytes, int]:
-    """The first bytes of a file, and how many it has."""
+def _part(wish: HubId, name: str, start: int, stop: int) -> tuple[bytes, int]:
+    """The bytes `start` to `stop` of a file, and how many it has."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     url = hf_hub_url(wish.repo, name, revision=wish.revision)
-    headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
         span = answer.headers.get("Content-Range", "")

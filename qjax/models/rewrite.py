@@ -197,8 +197,7 @@ def rewrite(
         for name in done:
             source.release(name)
         done[:] = [tensor.name]
-        data, unrounds = _bytes(source, tensor, importances.get(tensor.name), effort)
-        unrounded.extend([tensor.name] if unrounds else [])
+        data = _bytes(source, tensor, importances.get(tensor.name), effort, unrounded)
         progress(tensor.name)
         return data
 
@@ -225,21 +224,24 @@ def rewrite(
     return files
 
 
-def _bytes(source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort) -> tuple[np.ndarray, bool]:
-    """The tensor's bytes, and whether a rounding of activations is newly left out (`kept_types` told of others)."""
+def _bytes(
+    source: Source, tensor: Planned, importance: np.ndarray | None, effort: Effort, unrounded: list[str]
+) -> np.ndarray:
+    """The tensor's bytes; its name goes to `unrounded` if a rounding of activations is left out, which `kept_types` has
+    not told."""
     if tensor.target == tensor.source:
-        return source.raw(tensor.name), False
+        return source.raw(tensor.name)
     if tensor.name in source.found and (kept := kept_bytes(source, tensor.name, tensor.target)) is not None:
-        return kept, False
-    unrounds = False
+        return kept
     if tensor.source in FLOAT_TYPES:
         w = source.raw(tensor.name).view(FLOAT_TYPES[tensor.source])
     else:
         packed = read_array(source, tensor.name, apply_scale=False)
-        unrounds = rounds_inputs(packed)
+        if rounds_inputs(packed):
+            unrounded.append(tensor.name)
         w = np.asarray(jax.tree.map(jnp.asarray, packed).dequantize())
     check_finite(tensor.name, w)
-    return encoded(tensor.target, w, importance, effort), unrounds
+    return encoded(tensor.target, w, importance, effort)
 
 
 def encoded(kind: str, w: np.ndarray, importance: np.ndarray | None = None, effort: Effort = "normal") -> np.ndarray:

@@ -68,25 +68,23 @@ class GPTQ:
     def __call__(self, block: Block) -> Made:
         walk = _Walk(block, self.asymmetric)
         weights, lines = dict(block.weights), []
+        # What has been rounded so far is in `weights` at once.
+        seen = weights if self.true_sequential else block.weights
         for half in HALVES:
-            seen = weights if self.true_sequential else block.weights
             for names, moments in zip(STEPS[half], (walk.entering, walk.leaving), strict=True):
                 wanted = [name for name in names if name in block.schemes]
                 if wanted:
                     made = self._step(block, wanted, partial(moments, half, seen))
                     weights |= {name: array for name, (array, _) in made.items()}
                     lines += [line for _, line in made.values()]
-                    seen = weights if self.true_sequential else block.weights
             walk.past(half, seen)
         known = self.true_sequential and not block.last
         return Made(weights, lines, walk.stream if known else None, walk.true)
 
-    def _step(self, block: Block, names: list[str], moments: Callable[[], Moments | None]) -> dict[str, _Rounded]:
+    def _step(self, block: Block, names: list[str], moments: Callable[[], Moments]) -> dict[str, _Rounded]:
         """Matrices of the same input rounded."""
         start, made = time.perf_counter(), {}
         found = moments()
-        if found is None:
-            raise QjaxError(f"{block.name_of(names[0])}: no calibration tokens: GPTQ needs some")
         means = hessian.finish(found, block.name_of(names[0]))
         share = trusted_share(means[0].shape[0], int(found.count))
         for together in _alike(names, block.schemes):
@@ -139,45 +137,42 @@ class _Walk:
     def __init__(self, block: Block, asymmetric: bool) -> None:
         self.block, self.stream = block, block.inputs.copy()
         self.true = block.float_inputs.copy() if asymmetric and block.float_inputs is not None else None
-        self._true_is_past = False
 
-    def entering(self, half: Half, weights: Weights) -> Moments | None:
+    def _begun(self, name: str) -> Moments:
+        """Of no tokens yet: of what the matrix is given, and of what the residual stream lacks."""
+        return hessian.begin(self.block.weights[name].shape[1], None if self.true is None else self.stream.shape[-1])
+
+    def entering(self, half: Half, weights: Weights) -> Moments:
         """Of what the half's first matrices are given, and of what it lacks of the float model's."""
         normed = lambda x: _normed(x, weights[f"{half}_norm"], eps=self.block.config.norm_eps)
-        moments = None
+        moments = self._begun(STEPS[half][0][0])
         for at in self.block.slices(self.stream):
             x = normed(self.stream[at])
-            moments = _added(moments, x, None if self.true is None else normed(self.true[at]) - x)
+            moments = hessian.add(moments, x, None if self.true is None else normed(self.true[at]) - x)
         return moments
 
-    def leaving(self, half: Half, weights: Weights) -> Moments | None:
-        """Of what the half's last matrix is given, and of what the stream behind it lacks of the float model's."""
-        moments = None
+    def leaving(self, half: Half, weights: Weights) -> Moments:
+        """Of what the half's last matrix is given, and of what the stream behind it lacks of the float model's.
+
+        The float model's stream is past the half then.
+        """
+        moments = self._begun(STEPS[half][-1][0])
         for at in self.block.slices(self.stream):
             x, y = self.block.run_half(half, weights, jnp.asarray(self.stream[at]))
             lack = None
             if self.true is not None:
-                # Its own weights take it past the half already.
                 true = self.block.run_half(half, self.block.weights, jnp.array(self.true[at]))[1]
                 self.true[at] = np.asarray(true)
                 lack = true - y
-            moments = _added(moments, x, lack)
-        self._true_is_past = True
+            moments = hessian.add(moments, x, lack)
         return moments
 
     def past(self, half: Half, weights: Weights) -> None:
-        """On, behind these weights of a half."""
+        """On, behind these weights of a half; `leaving` took the float model's stream there, if it was asked for."""
         if not (self.block.last and half == HALVES[-1]):
             self.block.advance(weights, self.stream, self.stream, (half,))
-        if self.true is not None and not self._true_is_past:
+        if self.true is not None and STEPS[half][-1][0] not in self.block.schemes:
             self.block.advance(self.block.weights, self.true, self.true, (half,))
-        self._true_is_past = False
 
 
 _normed = jax.jit(rms_norm, static_argnames="eps")
-
-
-def _added(moments: Moments | None, x: Any, lack: Any) -> Moments:
-    if moments is None:
-        moments = hessian.begin(x.shape[-1], None if lack is None else lack.shape[-1])
-    return hessian.add(moments, x, lack)
